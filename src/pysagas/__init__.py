@@ -1,0 +1,48 @@
+"""Sagas for asyncio and Trio: whatever goes wrong, everything that happened is taken back."""
+
+from ._definitions import Bound, Commit, Parallel, Retry, Step
+from ._effects import CallNext, Effect, EffectKind, Middleware, current_effect, observer
+from ._errors import (
+    AlreadyCommitted,
+    CompensationFailed,
+    MiddlewareError,
+    SagaDefinitionError,
+    SagaError,
+    ScopeBusy,
+    ScopeClosed,
+)
+from ._outcome import Outcome, SagaState, StepReport, StepState, outcome_of
+from ._saga import Saga, SagaBuilder, SagaMethod, saga
+from ._scope import SagaScope, open_saga
+
+__all__ = [
+    "AlreadyCommitted",
+    "Bound",
+    "CallNext",
+    "Commit",
+    "CompensationFailed",
+    "Effect",
+    "EffectKind",
+    "Middleware",
+    "MiddlewareError",
+    "Outcome",
+    "Parallel",
+    "Retry",
+    "Saga",
+    "SagaBuilder",
+    "SagaDefinitionError",
+    "SagaError",
+    "SagaMethod",
+    "SagaScope",
+    "SagaState",
+    "ScopeBusy",
+    "ScopeClosed",
+    "Step",
+    "StepReport",
+    "StepState",
+    "current_effect",
+    "observer",
+    "open_saga",
+    "outcome_of",
+    "saga",
+]

@@ -1,0 +1,765 @@
+"""Steps and parallel groups as frozen data, checked when they are built.
+
+Whatever can be found wrong with a definition is found here, before anything has run. What a step
+needs wrapped around its calls (timeout, retry, thread, shield) is composed here too, once; a step
+that asks for none of it costs nothing extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from inspect import isawaitable
+from math import isnan
+from types import CoroutineType
+from typing import Any, Final, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+
+from anyio import move_on_after, to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._errors import SagaDefinitionError
+from ._outcome import StepState
+from ._shelter import call_sheltered
+from ._signatures import (
+    call_problem,
+    compensation_problem,
+    is_async,
+    is_coroutine_function,
+    name_of,
+    takes,
+)
+
+__all__ = ["Bound", "Commit", "Definition", "Parallel", "Retry", "Step"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+Exceptions = type[Exception] | tuple[type[Exception], ...]
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+OnFailure = Literal["cancel", "finish"]
+OnCompensationFailure = Literal["continue", "stop"]
+
+COMPLETED: Final = StepState.COMPLETED
+NOT_APPLIED: Final = StepState.NOT_APPLIED
+NOT_STARTED: Final = StepState.NOT_STARTED
+UNKNOWN: Final = StepState.UNKNOWN
+
+
+class Retry(Protocol):
+    """What ``retry=`` takes: it awaits the function that it is given, perhaps several times."""
+
+    async def __call__(self, attempt: Callable[[], Awaitable[Any]], /) -> Any:
+        """Returns what an attempt returned, or raises."""
+        ...
+
+
+class Attempted(Protocol):
+    """The record of a step, as far as an attempt at its action writes to it."""
+
+    state: StepState
+    result: Any
+    error: BaseException | None
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+
+
+class Definition(Generic[P, T_co]):
+    """A step, a parallel group or a saga: something that a saga can be made of. Immutable."""
+
+    __slots__ = ("__weakref__", "_known_calls", "name")
+
+    name: str
+    # Shapes of calls (how many positional arguments, which names) that were checked and found good:
+    # so that running a definition again does not read its signatures again.
+    _known_calls: set[tuple[object, ...]]
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuses: definitions are immutable, so that many runs can share one."""
+        raise AttributeError(
+            f"{type(self).__name__} {self.name!r} is immutable: {name!r} cannot be set; build another one"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        """Refuses, as assignment does."""
+        raise AttributeError(f"{type(self).__name__} {self.name!r} is immutable")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Bound[T_co]:
+        """Gives this definition its own arguments, in place of those of the saga that it is in.
+
+        Raises:
+            TypeError: It cannot be called with these arguments.
+        """
+        self.check_call(args, kwargs, f"{self!r}.bind")
+        return Bound(self, args, kwargs)
+
+    def check_call(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object], caller: str
+    ) -> None:
+        """Refuses arguments that something in this definition could not take.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            caller: How the message names the call.
+
+        Raises:
+            TypeError: They do not fit; nothing has run.
+        """
+        shape = (len(args), *kwargs)
+        if shape not in self._known_calls:
+            problem = self._call_problem(args, kwargs)
+            if problem is not None:
+                raise TypeError(f"{caller}{_shown_call(args, kwargs)}: {problem}")
+            self._known_calls.add(shape)
+
+    def _call_problem(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str | None:
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def holds_commit(self) -> bool:
+        """Tells whether a `Commit` stands in it, at any depth."""
+        return False
+
+
+class Bound(Generic[T_co]):
+    """A definition with its own arguments, as ``bind`` gives it."""
+
+    __slots__ = ("args", "definition", "kwargs")
+
+    definition: Definition[..., T_co]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+    def __init__(
+        self,
+        definition: Definition[..., T_co],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+    ) -> None:
+        object.__setattr__(self, "definition", definition)
+        object.__setattr__(self, "args", args)
+        object.__setattr__(self, "kwargs", kwargs)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuses, as definitions do."""
+        raise AttributeError(f"{self!r} is immutable: {name!r} cannot be set; bind again")
+
+    def __repr__(self) -> str:
+        return f"{self.definition!r}.bind{_shown_call(self.args, self.kwargs)}"
+
+
+class Step(Definition[P, T_co]):
+    """One action and how to take it back.
+
+    A **compensation** gets what the action got, so it can run even when nobody knows how far the
+    action came. An **undo** gets what the action returned, so it runs only for a completed action.
+    A step may have both: then a completed action is undone, one in doubt is compensated.
+
+    All three are called as they are, async or not; a sync one runs inline.
+    """
+
+    __slots__ = (
+                "action",
+        "attempts",
+        "blocking",
+        "compensation",
+        "compensation_retry",
+        "compensation_timeout",
+        "explicit_name",
+        "known_async",
+        "not_applied",
+        "retry",
+        "shield",
+        "simple",
+        "take_back",
+        "take_undo",
+        "timeout",
+        "undo",
+    )
+
+    action: Callable[P, Any]
+    compensation: Callable[P, object] | None
+    undo: Callable[[Any], object] | None
+    explicit_name: bool
+    known_async: bool
+    not_applied: tuple[type[Exception], ...]
+    timeout: float | None
+    retry: Retry | None
+    compensation_timeout: float | None
+    compensation_retry: Retry | None
+    shield: bool
+    blocking: bool
+    # What the engine calls. `attempts` is None for an action that is called as it is; `take_back`
+    # and `take_undo` are the user's own functions where there is nothing to wrap around them.
+    attempts: Callable[[Attempted], Awaitable[Any]] | None
+    take_back: Callable[..., object] | None
+    take_undo: Callable[[Any], object] | None
+    # An async action that is called as it is: the engine has a short way for it.
+    simple: bool
+
+    @overload
+    def __init__(
+        self,
+        action: Callable[P, Awaitable[T_co]],
+        compensation: Callable[P, object] | None = None,
+        *,
+        undo: Callable[[T_co], object] | None = None,
+        name: str | None = None,
+        not_applied: Exceptions = (),
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        compensation_timeout: float | None = None,
+        compensation_retry: Retry | None = None,
+        shield: bool = False,
+        blocking: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        action: Callable[P, T_co],
+        compensation: Callable[P, object] | None = None,
+        *,
+        undo: Callable[[T_co], object] | None = None,
+        name: str | None = None,
+        not_applied: Exceptions = (),
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        compensation_timeout: float | None = None,
+        compensation_retry: Retry | None = None,
+        shield: bool = False,
+        blocking: bool = False,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        action: Callable[P, Any],
+        compensation: Callable[P, object] | None = None,
+        *,
+        undo: Callable[[Any], object] | None = None,
+        name: str | None = None,
+        not_applied: Exceptions = (),
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        compensation_timeout: float | None = None,
+        compensation_retry: Retry | None = None,
+        shield: bool = False,
+        blocking: bool = False,
+    ) -> None:
+        """Defines a step.
+
+        Args:
+            action: Does the work.
+            compensation: Takes the action back; called with the action's arguments.
+            undo: Takes the action back; called with the action's result.
+            name: For reports and messages; by default the action's own.
+            not_applied: Exception types by which the action says that it did nothing: after one of
+                these (with `retry`: in every attempt) the step is not compensated. An exception
+                group never counts, nor does the step's own timeout.
+            timeout: Seconds for each attempt; then TimeoutError, and the step is in doubt. None: no
+                limit.
+            retry: Calls the action, perhaps several times, for instance a bound
+                ``stamina.AsyncRetryingCaller`` or a ``tenacity.AsyncRetrying(reraise=True)``.
+            compensation_timeout: As `timeout`, for the undo or compensation.
+            compensation_retry: As `retry`, for the undo or compensation.
+            shield: The async action, once begun, runs to its end whatever happens meanwhile, and is
+                then taken back with its result known.
+            blocking: The sync action, and its sync undo or compensation, run in a worker thread and
+                are waited for.
+
+        Raises:
+            SagaDefinitionError: Something of this cannot work. The message says what, and what to
+                write instead.
+        """
+        label = name if isinstance(name, str) and name else name_of(action)
+        place = f"Step {label!r}"
+        _check_callable(place, "action", action)
+        if name is not None and (not isinstance(name, str) or not name):
+            raise SagaDefinitionError(f"{place}: name must be a non-empty string, not {name!r}")
+        if isinstance(action, Definition):
+            raise SagaDefinitionError(
+                f"{place}: the action is a {type(action).__name__}; put it into the saga as it is, "
+                "since a step whose action is a saga would be an independent run"
+            )
+        if compensation is not None:
+            _check_callable(place, "compensation", compensation)
+            problem = compensation_problem(action, compensation)
+            if problem is not None:
+                raise SagaDefinitionError(
+                    f"{place}: the compensation gets the action's arguments, and cannot take them: "
+                    f"{problem}; to get the action's result instead, write undo="
+                )
+        if undo is not None:
+            _check_callable(place, "undo", undo)
+            if not takes(undo, 1):
+                raise SagaDefinitionError(
+                    f"{place}: undo {name_of(undo)!r} gets one argument, the action's result, and "
+                    "cannot take it; to get the action's arguments instead, write compensation="
+                )
+        not_applied = exception_types(f"{place}: not_applied", not_applied)
+        check_seconds(place, "timeout", timeout)
+        check_seconds(place, "compensation_timeout", compensation_timeout)
+        _check_retry(place, "retry", retry)
+        _check_retry(place, "compensation_retry", compensation_retry)
+        going_back = [
+            (kind, function)
+            for kind, function in (("compensation", compensation), ("undo", undo))
+            if function is not None
+        ]
+        if blocking:
+            _check_blocking(place, action, going_back, timeout, compensation_timeout)
+        elif timeout is not None and not is_async(action):
+            raise SagaDefinitionError(
+                f"{place}: timeout={timeout!r}, but the action is not an async function, and a sync "
+                "call cannot be timed out; write it as `async def`, or leave timeout away"
+            )
+        if shield and not blocking and not is_async(action):
+            raise SagaDefinitionError(
+                f"{place}: shield=True, but the action is not an async function; a sync call is "
+                "never interrupted (in a worker thread: blocking=True, which is shielded anyway)"
+            )
+        if compensation_timeout is not None:
+            for kind, function in going_back:
+                if not blocking and not is_async(function):
+                    raise SagaDefinitionError(
+                        f"{place}: compensation_timeout={compensation_timeout!r}, but the {kind} is "
+                        "not an async function, and a sync call cannot be timed out"
+                    )
+        if not going_back:
+            for option, value in (
+                ("compensation_timeout", compensation_timeout),
+                ("compensation_retry", compensation_retry),
+            ):
+                if value is not None:
+                    raise SagaDefinitionError(
+                        f"{place}: {option} is given, but there is neither a compensation nor an undo"
+                    )
+        put = partial(object.__setattr__, self)
+        put("action", action)
+        put("compensation", compensation)
+        put("undo", undo)
+        put("name", label)
+        put("explicit_name", name is not None)
+        put("known_async", is_coroutine_function(action))
+        put("not_applied", not_applied)
+        put("timeout", timeout)
+        put("retry", retry)
+        put("compensation_timeout", compensation_timeout)
+        put("compensation_retry", compensation_retry)
+        put("shield", bool(shield))
+        put("blocking", bool(blocking))
+        put("_known_calls", set())
+        put("attempts", _compose_attempts(cast("Step[..., Any]", self)))
+        put("take_back", _compose_back(cast("Step[..., Any]", self), compensation))
+        put("take_undo", _compose_back(cast("Step[..., Any]", self), undo))
+        put("simple", self.attempts is None and self.known_async)
+
+    def _call_problem(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str | None:
+        for kind, function in (("action", self.action), ("compensation", self.compensation)):
+            problem = function and call_problem(function, args, kwargs)
+            if problem is not None:
+                return f"the {kind} of step {self.name!r} cannot take these arguments: {problem}"
+        return None
+
+
+class Commit(Definition[..., None]):
+    """The point of no return in a saga built as data: what is done before it stays done."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        """Makes one; it has no options, and one can stand in any number of sagas."""
+        object.__setattr__(self, "name", "commit")
+        object.__setattr__(self, "_known_calls", set())
+
+    def _call_problem(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str | None:
+        return None
+
+    def holds_commit(self) -> bool:
+        """Yes."""
+        return True
+
+
+class Item:
+    """A member of a group, or a part of a sequence, as the engine reads it.
+
+    `args` is None where the definition takes the arguments of the run.
+    """
+
+    __slots__ = ("args", "definition", "kwargs")
+
+    def __init__(self, part: Definition[..., Any] | Bound[Any]) -> None:
+        if isinstance(part, Bound):
+            self.definition = part.definition
+            self.args: tuple[Any, ...] | None = part.args
+            self.kwargs: Mapping[str, Any] = part.kwargs
+        else:
+            self.definition = part
+            self.args = None
+            self.kwargs = {}
+
+
+def make_items(
+    place: str, parts: Iterable[object], *, in_group: bool, known: str
+) -> tuple[Item, ...]:
+    """Checks the parts of a sequence, or the members of a group."""
+    items: list[Item] = []
+    named: dict[str, Definition[..., Any]] = {}
+    for index, part in enumerate(parts):
+        if not isinstance(part, Definition | Bound):
+            hint = f"; write Step({name_of(part)})" if callable(part) else ""
+            raise SagaDefinitionError(
+                f"{place}: {known} {index} must be a Step, a Parallel or a Saga, not {part!r}{hint}"
+            )
+        item = Item(part)
+        definition = item.definition
+        if definition.holds_commit() and (in_group or not isinstance(definition, Commit)):
+            raise SagaDefinitionError(
+                f"{place}: {known} {index}, {definition!r}, holds a commit; a commit belongs to the "
+                "outermost sequence, not into a group or an inner saga"
+            )
+        if not in_group and isinstance(definition, Step) and definition.explicit_name:
+            other = named.setdefault(definition.name, definition)
+            if other is not definition:
+                raise SagaDefinitionError(
+                    f"{place}: two different steps have the name {definition.name!r}; give one of "
+                    "them another"
+                )
+        items.append(item)
+    return tuple(items)
+
+
+def items_problem(
+    items: tuple[Item, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> str | None:
+    """Says which of the items could not be called with the arguments of the run."""
+    for item in items:
+        if item.args is None:
+            problem = item.definition._call_problem(args, kwargs)  # noqa: SLF001
+            if problem is not None:
+                return problem
+    return None
+
+
+class Parallel(Definition[..., tuple[Any, ...]]):
+    """Members that run at the same time, and are compensated together.
+
+    Its value is a tuple of the members' values, in the order of the members.
+    """
+
+    __slots__ = ("items", "limit", "on_failure")
+
+    items: tuple[Item, ...]
+    limit: int | None
+    on_failure: OnFailure
+
+    def __init__(
+        self,
+        *members: Definition[..., Any] | Bound[Any],
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> None:
+        """Defines a group.
+
+        Args:
+            *members: Steps, groups and sagas, bound or not.
+            name: For reports and messages.
+            limit: How many members run at once, in the rollback too; None: all of them.
+            on_failure: What happens to the others when a member fails: ``"cancel"`` cancels them at
+                once; ``"finish"`` lets those in flight run to their own end, so that their outcome
+                is known. Under both none starts any more.
+
+        Raises:
+            SagaDefinitionError: Something of this cannot work.
+        """
+        if name is not None and (not isinstance(name, str) or not name):
+            raise SagaDefinitionError(f"Parallel: name must be a non-empty string, not {name!r}")
+        place = f"Parallel {name!r}" if name else "Parallel"
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise SagaDefinitionError(
+                f"{place}: limit must be a whole number of members, at least 1, or None for all at "
+                f"once, not {limit!r}"
+            )
+        if on_failure not in ("cancel", "finish"):
+            raise SagaDefinitionError(
+                f'{place}: on_failure must be "cancel" or "finish", not {on_failure!r}'
+            )
+        put = partial(object.__setattr__, self)
+        put("name", name or "parallel")
+        put("items", make_items(place, members, in_group=True, known="member"))
+        put("limit", limit)
+        put("on_failure", on_failure)
+        put("_known_calls", set())
+
+    def _call_problem(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> str | None:
+        return items_problem(self.items, args, kwargs)
+
+
+# --- what is wrong with the parts ---------------------------------------------------------------
+
+
+def _check_callable(place: str, what: str, value: object) -> None:
+    if not callable(value):
+        given = "a coroutine, which is already called" if isawaitable(value) else repr(value)
+        if isinstance(value, CoroutineType):
+            value.close()
+        raise SagaDefinitionError(
+            f"{place}: the {what} must be a function, or another callable, not {given}"
+        )
+
+
+def check_seconds(place: str, what: str, value: object) -> None:
+    """Refuses what is no time in seconds."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value) or value < 0:
+        raise SagaDefinitionError(
+            f"{place}: {what} must be seconds, zero or more, or None for no limit, not {value!r}"
+        )
+
+
+def check_saga_options(
+    place: str,
+    name: object,
+    rollback_timeout: object,
+    on_compensation_failure: object,
+    middleware: object,
+) -> None:
+    """Refuses options that no saga can have."""
+    if name is not None and (not isinstance(name, str) or not name):
+        raise SagaDefinitionError(f"{place}: name must be a non-empty string, not {name!r}")
+    check_seconds(place, "rollback_timeout", rollback_timeout)
+    if on_compensation_failure not in ("continue", "stop"):
+        raise SagaDefinitionError(
+            f'{place}: on_compensation_failure must be "continue" or "stop", not '
+            f"{on_compensation_failure!r}"
+        )
+    if not isinstance(middleware, tuple | list):
+        raise SagaDefinitionError(
+            f"{place}: middleware must be a list or a tuple of callables, not {middleware!r}"
+        )
+    for one in cast("tuple[object, ...]", middleware):
+        if not callable(one) or not takes(one, 2):
+            raise SagaDefinitionError(
+                f"{place}: a middleware must be an async callable of (effect, call_next), not {one!r}"
+            )
+
+
+def exception_types(what: str, types: object) -> tuple[type[Exception], ...]:
+    """Gives one exception type, or a tuple of them, as a tuple.
+
+    Raises:
+        SagaDefinitionError: Something else was given, or a type that is no failure.
+    """
+    if types is None:
+        return ()
+    listed = cast("tuple[object, ...]", types if isinstance(types, tuple) else (types,))
+    for listed_type in listed:
+        if not isinstance(listed_type, type) or not issubclass(listed_type, BaseException):
+            raise SagaDefinitionError(
+                f"{what} must be an exception type, or a tuple of them, not {types!r}"
+            )
+        if not issubclass(listed_type, Exception):
+            raise SagaDefinitionError(
+                f"{what}: {listed_type.__name__} is no failure but an order to stop (cancellation, "
+                "KeyboardInterrupt, SystemExit), which always goes on to the caller; name subclasses "
+                "of Exception"
+            )
+    return cast("tuple[type[Exception], ...]", listed)
+
+
+def _check_retry(place: str, what: str, retry: object) -> None:
+    if retry is None:
+        return
+    remedy = (
+        "write for instance stamina.AsyncRetryingCaller(attempts=3).on(OSError) or "
+        "tenacity.AsyncRetrying(reraise=True, ...)"
+    )
+    if not callable(retry):
+        raise SagaDefinitionError(
+            f"{place}: {what} must be an async callable that awaits the function it is given, not "
+            f"{retry!r}; {remedy}"
+        )
+    if not is_async(retry):
+        raise SagaDefinitionError(
+            f"{place}: {what} {retry!r} is not async; a sync retrier would call the async function "
+            f"once and never retry; {remedy}"
+        )
+    if not takes(retry, 1):
+        raise SagaDefinitionError(
+            f"{place}: {what} {retry!r} cannot take one argument, the function to call; {remedy}"
+        )
+
+
+def _check_blocking(
+    place: str,
+    action: Callable[..., object],
+    going_back: list[tuple[str, Callable[..., object]]],
+    timeout: float | None,
+    compensation_timeout: float | None,
+) -> None:
+    if timeout is not None or (compensation_timeout is not None and not all(
+        is_async(function) for _, function in going_back
+    )):
+        raise SagaDefinitionError(
+            f"{place}: blocking=True with a timeout; a thread cannot be timed out. Give the limit to "
+            "what the function calls (a socket, a query), or write it as `async def`"
+        )
+    if is_async(action):
+        raise SagaDefinitionError(
+            f"{place}: blocking=True, but the action is async; it is for functions that block. "
+            "To let an async action run to its end, write shield=True"
+        )
+
+
+def _shown_call(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+    shown = [*map(_shortened, args), *(f"{name}={_shortened(value)}" for name, value in kwargs.items())]
+    return f"({', '.join(shown)})"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- what a step needs wrapped around its calls -------------------------------------------------
+
+
+async def settle(value: object) -> object:
+    """Gives a value, or what it gives when awaited."""
+    return await value if isawaitable(value) else value
+
+
+async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
+    """Tries a step's action once, and writes to its record how that went.
+
+    A later attempt can only add to what may have happened: an action that once returned stays
+    completed, one that was once in doubt stays in doubt until it returns.
+    """
+    if not step.known_async and not step.blocking:
+        await checkpoint_if_cancelled()
+    before = record.state
+    if before is not COMPLETED:
+        record.state = UNKNOWN
+    limit = None
+    try:
+        if step.timeout is not None:
+            with move_on_after(step.timeout) as limit:
+                result = await settle(step.action(*record.args, **record.kwargs))
+        elif step.blocking:
+            result = await _in_thread(step, step.action, record.args, record.kwargs)
+        else:
+            result = await settle(step.action(*record.args, **record.kwargs))
+    except BaseException as error:
+        record.error = error
+        if (
+            before in (NOT_STARTED, NOT_APPLIED)
+            and isinstance(error, step.not_applied)
+            and not isinstance(error, BaseExceptionGroup)
+        ):
+            record.state = NOT_APPLIED
+        raise
+    if limit is not None and limit.cancelled_caught:
+        # Raised outside of the block above: the step's own timeout never counts as not_applied.
+        record.error = TimeoutError(f"step {step.name!r} did not end within {step.timeout} s")
+        raise record.error
+    record.result = result
+    record.error = None
+    record.state = COMPLETED
+    return result
+
+
+def _compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[Any]] | None:
+    """Wraps shield or thread, then retry, around the attempts; None where there is nothing to wrap."""
+    retry = step.retry
+    sheltered = step.shield or step.blocking
+    if not sheltered and retry is None and step.timeout is None:
+        return None
+
+    async def tried(record: Attempted) -> Any:
+        if retry is None:
+            return await attempt(record, step)
+
+        async def again() -> Any:
+            return await attempt(record, step)
+
+        result = await retry(again)
+        if record.state is not COMPLETED:
+            # The retrier gave a value of its own (a fallback): that is the step's result then.
+            record.result = result
+            record.state = COMPLETED
+        return result
+
+    if not sheltered:
+        return tried
+
+    async def to_its_end(record: Attempted) -> Any:
+        await checkpoint_if_cancelled()
+        return await call_sheltered(partial(tried, record))
+
+    return to_its_end
+
+
+def _compose_back(
+    step: Step[..., Any], function: Callable[..., object] | None
+) -> Callable[..., object] | None:
+    """Wraps thread, retry and timeout around an undo or a compensation."""
+    limit = step.compensation_timeout
+    retry = step.compensation_retry
+    threaded = step.blocking and function is not None and not is_async(function)
+    if function is None or (limit is None and retry is None and not threaded):
+        return function
+    back = function
+
+    async def once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        if threaded:
+            return await _in_thread(step, back, args, kwargs)
+        if limit is None:
+            return await settle(back(*args, **kwargs))
+        with move_on_after(limit) as scope:
+            return await settle(back(*args, **kwargs))
+        # Unreachable unless the scope swallowed its own cancellation.
+        assert scope.cancelled_caught
+        raise TimeoutError(f"taking back step {step.name!r} did not end within {limit} s")
+
+    async def taken_back(*args: Any, **kwargs: Any) -> object:
+        attempt_once = partial(once, args, kwargs)
+        trying = attempt_once if retry is None else partial(retry, attempt_once)
+        # A thread goes on when the task that waits for it is cancelled: so somebody must wait who
+        # is not cancelled.
+        return await (call_sheltered(trying) if threaded else trying())
+
+    return taken_back
+
+
+async def _in_thread(
+    step: Step[..., Any],
+    function: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> object:
+    result = await to_thread.run_sync(partial(function, *args, **kwargs))
+    if isawaitable(result):
+        if isinstance(result, CoroutineType):
+            result.close()
+        raise TypeError(
+            f"step {step.name!r} has blocking=True, but {name_of(function)!r} returned an awaitable; "
+            "leave blocking away for async functions"
+        )
+    return result

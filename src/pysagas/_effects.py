@@ -1,0 +1,206 @@
+"""The one door: everything that watches or changes how things run goes through here.
+
+An *effect* is about to run; a middleware is a callable around it. Tracing, logging, fault
+injection, a journal are middleware, in files that the engine does not know. Without middleware no
+effect is made, except for who asks for it with `current_effect`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Literal, Protocol
+
+from ._errors import MiddlewareError
+
+__all__ = ["CallNext", "Effect", "EffectKind", "Middleware", "current_effect", "observer"]
+
+EffectKind = Literal["saga", "group", "action", "rollback", "compensation", "commit"]
+CallNext = Callable[[], Awaitable[object]]
+
+_logger = logging.getLogger("pysagas")
+
+_REPEATABLE = frozenset({"action", "compensation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One thing that the engine is about to run.
+
+    Attributes:
+        kind: What it is.
+        saga: The name of the saga that it is part of; for an inner saga's effects the inner one's.
+        run_id: The name of the run: the caller's, or a random one.
+        name: The name of the step, group or saga. A rollback has the name of what it takes back.
+        path: The place in the tree of the run, the same in every run and on every loop. Retries
+            share it, and so do a step's action and its compensation.
+    """
+
+    kind: EffectKind
+    saga: str
+    run_id: str
+    name: str
+    path: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """An idempotency key to hand to a service: run id, path and kind.
+
+        The same each time this effect of this run is tried; different for everything else, so that
+        a refund is not sent under the key of its charge.
+        """
+        return self._key(self.kind)
+
+    @property
+    def action_key(self) -> str | None:
+        """For a compensation, the key of the action that it takes back; None for the others."""
+        return self._key("action") if self.kind == "compensation" else None
+
+    def _key(self, kind: str) -> str:
+        return f"{self.run_id}/{'.'.join(map(str, self.path))}/{kind}"
+
+
+class Middleware(Protocol):
+    """A callable around effects.
+
+    It awaits ``call_next()`` to let the effect run, and returns what that returned, or something
+    else. What it raises before is the failure of a step that never started; what it raises after,
+    the failure of a completed one. Returning without ``call_next`` completes the step with the
+    value returned. A second call, after the first has ended, is allowed for actions and
+    compensations: the step runs twice.
+    """
+
+    async def __call__(self, effect: Effect, call_next: CallNext, /) -> object:
+        """Runs the effect, by awaiting ``call_next()``."""
+        ...
+
+
+class Place(Protocol):
+    """Where the engine stands: it can say which effect runs there."""
+
+    def current_effect(self) -> Effect | None: ...
+
+
+# The place of the code that runs in this context. Set once for a whole sequence of steps where
+# possible: a set and a reset for each step would be a tenth of its cost.
+current_place: ContextVar[Place | None] = ContextVar("pysagas_place", default=None)
+
+
+def current_effect() -> Effect | None:
+    """Gives the effect inside of which this is called: an action or a compensation.
+
+    Its `Effect.key` is the idempotency key to hand to a service.
+
+    Returns:
+        The effect, made on request; None outside of actions and compensations.
+    """
+    place = current_place.get()
+    return None if place is None else place.current_effect()
+
+
+class _CallNext:
+    """The rest of a chain, from one middleware on."""
+
+    __slots__ = ("_begun", "_effect", "_ended", "_innermost", "_middleware", "_running")
+
+    def __init__(
+        self, middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext
+    ) -> None:
+        self._middleware = middleware
+        self._effect = effect
+        self._innermost = innermost
+        self._begun = False
+        self._running = False
+        self._ended = False
+
+    async def __call__(self) -> object:
+        effect = self._effect
+        if self._ended:
+            self._refuse("after its middleware had ended")
+        if self._running:
+            self._refuse("while an earlier call was running; calls go one after the other")
+        if self._begun and effect.kind not in _REPEATABLE:
+            self._refuse("a second time; only actions and compensations can be repeated")
+        self._begun = self._running = True
+        try:
+            return await through(self._middleware, effect, self._innermost)
+        finally:
+            self._running = False
+
+    def _refuse(self, how: str) -> None:
+        effect = self._effect
+        raise MiddlewareError(
+            f"call_next of the effect {effect.kind} {effect.name!r} at {effect.path} was called {how}"
+        )
+
+    def end(self) -> None:
+        self._ended = True
+
+
+async def through(
+    middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext
+) -> object:
+    """Runs an effect through a chain of middleware, outermost first."""
+    if not middleware:
+        return await innermost()
+    rest = _CallNext(middleware[1:], effect, innermost)
+    try:
+        return await middleware[0](effect, rest)
+    finally:
+        rest.end()
+
+
+def observer(middleware: Middleware) -> Middleware:
+    """Makes a middleware that only watches harmless.
+
+    What it returns is ignored. An exception of its own is logged (logger ``pysagas``) and goes no
+    further; where it came before ``call_next()`` was awaited, the effect runs all the same. A
+    cancellation that arrives while it awaits something of its own is passed on, as anywhere.
+
+    Args:
+        middleware: Called with the effect and ``call_next``, as any middleware. It may swallow or
+            replace what ``call_next`` raises: the caller sees the true result nevertheless.
+    """
+
+    @wraps(middleware)
+    async def observe(effect: Effect, call_next: CallNext, /) -> object:
+        seen: list[object] = []
+        raised: list[BaseException] = []
+
+        async def watched() -> object:
+            # The last call counts, as it does without an observer.
+            seen.clear()
+            raised.clear()
+            try:
+                result = await call_next()
+            except BaseException as error:
+                raised.append(error)
+                raise
+            seen.append(result)
+            return result
+
+        try:
+            await middleware(effect, watched)
+        except Exception as error:  # noqa: BLE001 - an observer must not harm the saga
+            if not any(error is known for known in raised):
+                _logger.warning(
+                    "observer %r failed on effect %s %r at %s; the saga is not affected",
+                    middleware,
+                    effect.kind,
+                    effect.name,
+                    effect.path,
+                    exc_info=error,
+                )
+        if raised:
+            try:
+                raise raised[0]
+            finally:
+                raised.clear()
+        if not seen:
+            return await call_next()
+        return seen[0]
+
+    return observe

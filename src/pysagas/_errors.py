@@ -1,0 +1,133 @@
+"""The exceptions, sorted by who must act.
+
+- The caller wrote something that cannot work: `SagaDefinitionError`, `ScopeClosed`, `ScopeBusy`,
+  `AlreadyCommitted`, `MiddlewareError`. Nothing has run because of the refused call.
+- Somebody must mend what could not be taken back: `CompensationFailed`.
+
+A step's own failure is none of these: it reaches the caller as the exception that the step raised.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ._outcome import Outcome
+
+__all__ = [
+    "AlreadyCommitted",
+    "CompensationFailed",
+    "MiddlewareError",
+    "SagaDefinitionError",
+    "SagaError",
+    "ScopeBusy",
+    "ScopeClosed",
+]
+
+# More lines than these in one message hide what matters; the rest is counted.
+_LISTED_FAILURES = 20
+
+
+class SagaError(Exception):
+    """Base of every exception that this library itself raises."""
+
+
+class SagaDefinitionError(SagaError, ValueError):
+    """A saga, a group or a step is written in a way that cannot work; nothing has run."""
+
+
+class ScopeClosed(SagaError, RuntimeError):
+    """Forward work was asked of a scope that has ended, or whose rollback has begun or failed."""
+
+
+class ScopeBusy(SagaError, RuntimeError):
+    """A scope was used while a call on it, or a scope nested in it, was still open."""
+
+
+class AlreadyCommitted(SagaError, RuntimeError):
+    """A run that has passed its commit was asked to take itself back; nothing has run."""
+
+
+class MiddlewareError(SagaError, RuntimeError):
+    """A middleware used ``call_next`` in a way that its effect does not allow."""
+
+
+class CompensationFailed(SagaError):
+    """A rollback could not take everything back; somebody has to look.
+
+    It is a plain exception, so that ``except*`` can name it. Its ``__cause__`` is a group of `error`
+    and `failures`, so that a traceback shows each of them.
+
+    Attributes:
+        error: What started the rollback; None where `Outcome.rollback` did.
+        failures: What the failed compensations raised, in the order in which they failed. Each
+            carries a note that names its step. A rollback that was cut off by its time limit, or
+            kept from running by a middleware, adds an exception that says so.
+        outcome: The report of the run, with the state of each step. Within a saga's function it is
+            the state of things at the moment of the failure; once the saga has ended, the final one.
+    """
+
+    error: BaseException | None
+    failures: tuple[BaseException, ...]
+    outcome: Outcome[object]
+
+    def __init__(
+        self,
+        saga: str,
+        error: BaseException | None,
+        failures: Sequence[BaseException],
+        outcome: Outcome[object],
+    ) -> None:
+        self.error = error
+        self.failures = tuple(failures)
+        self.outcome = outcome
+        super().__init__("\n".join(_message_lines(saga, error, self.failures)))
+        exceptions = self.failures if error is None else (error, *self.failures)
+        if exceptions:
+            self.__cause__ = BaseExceptionGroup(
+                f"the rollback of saga {saga!r}: what started it, and what failed in it", exceptions
+            )
+
+
+def _message_lines(
+    saga: str, error: BaseException | None, failures: tuple[BaseException, ...]
+) -> Iterator[str]:
+    reason = "" if error is None else f" after {describe(error)}"
+    yield f"saga {saga!r} could not be taken back whole{reason}:"
+    for failure in failures[:_LISTED_FAILURES]:
+        notes: list[str] = getattr(failure, "__notes__", [])
+        place = next((note for note in reversed(notes) if note.startswith("compensation of")), "")
+        yield f"  {place + ': ' if place else ''}{describe(failure)}"
+    if len(failures) > _LISTED_FAILURES:
+        yield f"  ... and {len(failures) - _LISTED_FAILURES} more (see .failures)"
+
+
+def describe(error: BaseException) -> str:
+    """Gives an exception as its type and the first line of its message."""
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a PEP 678 note, once.
+
+    One exception object may be raised by many runs (a module-level constant): the same note is not
+    added twice, and an exception that refuses new attributes goes without.
+    """
+    if note in getattr(error, "__notes__", ()):
+        return
+    try:
+        error.add_note(note)
+    except Exception:  # noqa: BLE001, S110 - a frozen exception class must not cost the rollback
+        pass
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yields the exceptions in an exception group, or the one that is none."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from leaves(part)
+    else:
+        yield error

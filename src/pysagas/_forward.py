@@ -1,0 +1,618 @@
+"""Going forward: steps, groups and sagas are carried out, and written to the log as they start.
+
+Who takes back what:
+
+- `carry_out` and what it calls only go forward. What fails stays in the log as it is, and the
+  exception goes on. So members of a group, and the parts of a saga built as data, leave all
+  compensation to whoever called them.
+- Whoever may catch the exception and go another way (a call on a scope) takes its own entry back
+  before it raises; see ``_scope``.
+- `conclude` ends a run: it takes the whole log back if the run failed. `verdict` says what goes on
+  to the caller.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context, Token, copy_context
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import create_task_group, get_cancelled_exc_class
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._definitions import (
+    COMPLETED,
+    NOT_APPLIED,
+    NOT_STARTED,
+    UNKNOWN,
+    Commit,
+    Definition,
+    Parallel,
+    Step,
+    attempt,
+)
+from ._effects import Place, current_place, through
+from ._errors import (
+    AlreadyCommitted,
+    CompensationFailed,
+    ScopeBusy,
+    add_note,
+    leaves,
+)
+from ._outcome import Outcome, SagaState, attach_outcome
+from ._rollback import (
+    COMPENSATED,
+    CommitMark,
+    Entry,
+    Group,
+    KeywordRecord,
+    MemberPlace,
+    Record,
+    Run,
+    SagaDefinition,
+    Sequence,
+    must_take_back,
+    pending_names,
+    records,
+    roll_back,
+)
+from ._shelter import weightiest
+
+__all__ = [
+    "carry_out",
+    "carry_out_commit",
+    "carry_out_items",
+    "conclude",
+    "new_entry",
+    "note_failure",
+    "reset_place",
+    "run_whole",
+    "verdict",
+]
+
+T = TypeVar("T")
+Path = tuple[int, ...]
+
+# How many names a note lists before it counts the rest.
+_LISTED_NAMES = 10
+
+
+def new_entry(
+    definition: Definition[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owner: Sequence,
+    path: Path,
+) -> Record | Group | Sequence:
+    """Makes the entry for a part of a saga, for the log, before anything of it runs."""
+    if isinstance(definition, Step):
+        if not kwargs:
+            return Record(definition, definition.take_back, definition.take_undo, args, NOT_STARTED)
+        record = KeywordRecord(
+            definition, definition.take_back, definition.take_undo, args, NOT_STARTED
+        )
+        record.kwargs = kwargs
+        return record
+    if isinstance(definition, Parallel):
+        return Group(definition, owner, path)
+    assert isinstance(definition, SagaDefinition)
+    return Sequence(owner.run, owner, path, definition, owner.middleware + definition.middleware)
+
+
+async def carry_out(
+    entry: Record | Group | Sequence,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owner: Sequence,
+    path: Path,
+) -> Any:
+    """Carries out an entry that is in the log, forward only."""
+    if isinstance(entry, Record):
+        return await _carry_out_step(entry, owner, path)
+    if isinstance(entry, Group):
+        forward = partial(_carry_out_members, entry, args, kwargs)
+        if not owner.middleware:
+            return await forward()
+        return await through(owner.middleware, owner.effect("group", entry.name, path), forward)
+    assert entry.saga is not None
+    forward = partial(entry.saga.forward, entry, args, kwargs)
+    if not entry.middleware:
+        return await forward()
+    return await through(entry.middleware, entry.effect("saga", entry.name, path), forward)
+
+
+async def _carry_out_step(record: Record, owner: Sequence, path: Path) -> Any:
+    step: Step[..., Any] = record.definition
+    act: Callable[[], Awaitable[Any]] = (
+        partial(attempt, record, step)
+        if step.attempts is None
+        else partial(step.attempts, record)
+    )
+    if not owner.middleware:
+        return await act()
+    try:
+        result = await through(owner.middleware, owner.effect("action", step.name, path), act)
+    except BaseException as error:
+        record.error = record.error or error
+        raise
+    if record.state is NOT_STARTED:
+        # A middleware answered in the action's place.
+        record.state = COMPLETED
+        record.result = result
+    return result
+
+
+def note_failure(entry: Entry, error: BaseException) -> None:
+    """Writes to a record what its action raised, where the short way left that out."""
+    if isinstance(entry, Record) and entry.state is UNKNOWN and entry.error is None:
+        entry.error = error
+        step = entry.definition
+        if (
+            isinstance(step, Step)
+            and isinstance(error, step.not_applied)
+            and not isinstance(error, BaseExceptionGroup)
+        ):
+            entry.state = NOT_APPLIED
+
+
+def reset_place(token: Token[Place | None]) -> None:
+    """Ends what ``current_place.set`` began."""
+    try:
+        current_place.reset(token)
+    except ValueError:
+        # Another context: the coroutine was closed, or collected, by somebody else.
+        pass
+
+
+# --- sequences ----------------------------------------------------------------------------------
+
+
+async def carry_out_items(
+    sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Carries out the parts of a saga built as data, one after the other."""
+    assert sequence.saga is not None
+    entries = sequence.entries
+    append = entries.append
+    plain = not sequence.middleware
+    token = current_place.set(sequence)
+    try:
+        for item in sequence.saga.items:
+            definition = item.definition
+            its_args, its_kwargs = (
+                (args, kwargs) if item.args is None else (item.args, item.kwargs)
+            )
+            if isinstance(definition, Step) and definition.simple and plain and not its_kwargs:
+                # As `_carry_out_step` and `attempt`, written out for the step that asks for
+                # nothing: the long way costs three times as much as the step itself.
+                record = Record(
+                    definition, definition.take_back, definition.take_undo, its_args, UNKNOWN
+                )
+                append(record)
+                record.result = await definition.action(*its_args)
+                record.state = COMPLETED
+                continue
+            index = len(entries)
+            if isinstance(definition, Commit):
+                await carry_out_commit(sequence)
+                continue
+            path = (*sequence.path, index)
+            entry = new_entry(definition, its_args, its_kwargs, sequence, path)
+            append(entry)
+            await carry_out(entry, its_args, its_kwargs, sequence, path)
+    except BaseException as error:
+        if entries:
+            note_failure(entries[-1], error)
+        raise
+    finally:
+        reset_place(token)
+
+
+async def carry_out_commit(sequence: Sequence) -> None:
+    """Passes the point of no return of the outermost sequence."""
+    index = len(sequence.entries)
+    sequence.entries.append(CommitMark())
+
+    async def commit() -> None:
+        sequence.committed = index + 1
+
+    if not sequence.middleware:
+        await commit()
+    else:
+        effect = sequence.effect("commit", CommitMark.name, (*sequence.path, index))
+        await through(sequence.middleware, effect, commit)
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+class _InContext(Awaitable[T]):
+    """Awaits a coroutine in a context of its own, within the task that awaits this.
+
+    A new task would do the same for some 20 µs: this is what makes ten thousand members cost no
+    more than the hundred tasks that take them.
+    """
+
+    __slots__ = ("_context", "_coroutine")
+
+    def __init__(self, context: Context, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._context = context
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        run, coroutine = self._context.run, self._coroutine
+        try:
+            yielded = run(coroutine.send, None)
+            while True:
+                try:
+                    sent = yield yielded
+                except BaseException as error:  # noqa: BLE001 - it belongs to the coroutine
+                    yielded = run(coroutine.throw, error)
+                else:
+                    yielded = run(coroutine.send, sent)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+async def _carry_out_members(
+    group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Carries out the members of a group, at the same time.
+
+    No member ends by an exception that goes through the task group: each leaves what it raised in
+    `failures`. A task group would lose some of them: on asyncio a native cancellation together with
+    a member's failure, a member that awaits a cancelled future, and SystemExit would stop the loop;
+    on Trio the siblings' cancellations come out as well.
+    """
+    definition = group.definition
+    count = len(definition.items)
+    results: list[Any] = [None] * count
+    failures: list[tuple[int, BaseException]] = []
+    cancelled: list[BaseException] = []
+    cancelled_class = get_cancelled_exc_class()
+    ended = 0
+    stopped = False
+    feed = iter(range(count))
+
+    async def member(index: int) -> None:
+        nonlocal ended, stopped
+        try:
+            results[index] = await _carry_out_member(group, index, args, kwargs)
+            ended += 1
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised by the group, below
+            # In the same instant, so that no further member starts.
+            stopped = True
+            if isinstance(error, cancelled_class):
+                cancelled.append(error)
+            else:
+                failures.append((index, error))
+            if definition.on_failure == "cancel" or not isinstance(error, Exception):
+                tasks.cancel_scope.cancel()
+
+    # Trio starts a batch of tasks in any order. That each takes the next member from one iterator
+    # is what enters the members in the order given.
+    async def take_one() -> None:
+        if not stopped:
+            await member(next(feed))
+
+    async def take_many() -> None:
+        for index in feed:
+            if stopped:
+                return
+            await _InContext(copy_context(), member(index))
+
+    limit = definition.limit or count
+    outside: BaseException | None = None
+    try:
+        async with create_task_group() as tasks:
+            for _ in range(min(count, limit)):
+                tasks.start_soon(take_many if limit < count else take_one)
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - raised below, over the members' failures
+        outside = weightiest(*leaves(error))
+    if outside is None:
+        if ended == count:
+            return tuple(results)
+        # A cancellation that arrives together with a failure may not have been noticed yet; which
+        # of the two goes on must not depend on the loop.
+        try:
+            await checkpoint_if_cancelled()
+        except cancelled_class as error:
+            outside = error
+    error = _group_error(group, failures, outside, cancelled)
+    try:
+        raise error
+    finally:
+        # An exception whose traceback holds this frame must not be held by it.
+        del error, outside
+        failures.clear()
+        cancelled.clear()
+
+
+def _group_error(
+    group: Group,
+    failures: list[tuple[int, BaseException]],
+    outside: BaseException | None,
+    cancelled: list[BaseException],
+) -> BaseException:
+    """Chooses what a failed group raises: an order to quit, cancellation from outside, failures."""
+    failures.sort(key=lambda failure: failure[0])
+    errors = [error for _, error in failures]
+    together: BaseException | None = None
+    if errors:
+        together = BaseExceptionGroup(
+            f"group {group.name!r} of saga {group.owner.saga_name!r}: {len(errors)} of "
+            f"{len(group.members)} members failed",
+            errors,
+        )
+    quitting = weightiest(*errors, outside)
+    if isinstance(quitting, KeyboardInterrupt | SystemExit):
+        if len(errors) > 1 or quitting is outside:
+            quitting.__context__ = together
+        return quitting
+    if outside is not None:
+        outside.__context__ = together
+        return outside
+    if together is not None:
+        return together
+    # A member was cancelled by itself: it awaited a cancelled future, or somebody cancelled its
+    # task; where that was before its first line, there is not even an exception.
+    return cancelled[0] if cancelled else get_cancelled_exc_class()()
+
+
+async def _carry_out_member(
+    group: Group, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    item = group.definition.items[index]
+    definition = item.definition
+    owner = group.owner
+    if item.args is not None:
+        args, kwargs = item.args, item.kwargs
+    if isinstance(definition, Step):
+        place = MemberPlace(group, index, "action")
+        current_place.set(place)
+        if definition.simple and not owner.middleware and not kwargs:
+            record = Record(definition, definition.take_back, definition.take_undo, args, UNKNOWN)
+            group.members[index] = record
+            try:
+                record.result = result = await definition.action(*args)
+            except BaseException as error:
+                note_failure(record, error)
+                raise
+            record.state = COMPLETED
+            return result
+    path = (*group.path, index)
+    entry = new_entry(definition, args, kwargs, owner, path)
+    group.members[index] = entry
+    return await carry_out(entry, args, kwargs, owner, path)
+
+
+# --- the end of a run ---------------------------------------------------------------------------
+
+
+def verdict(
+    run: Run,
+    path: Path,
+    error: BaseException | None,
+    late: BaseException | None,
+) -> BaseException | None:
+    """Chooses what goes on to the caller when something has been taken back.
+
+    An order to quit goes over a failed compensation, that over a cancellation, and that over a
+    failure. What yields is the cause or context of what goes on.
+
+    Args:
+        run: The run.
+        path: What has been taken back, of which the failures count.
+        error: What started the rollback.
+        late: The interruption that arrived meanwhile.
+    """
+    failures = run.failures_in(path)
+    failed: CompensationFailed | None = None
+    if failures:
+        if isinstance(error, CompensationFailed) and error.failures == tuple(failures):
+            failed = error
+        else:
+            started = error.error if error is run.reported and run.reported else error
+            now = Outcome(run, SagaState.FAILED, None, started)
+            _ = now.steps
+            failed = CompensationFailed(run.saga, started, failures, now)
+        run.reported = failed
+    quitting = weightiest(error, *failures, late)
+    chosen: BaseException | None
+    if isinstance(quitting, KeyboardInterrupt | SystemExit):
+        chosen = quitting
+        if failed is not None:
+            quitting.__cause__ = failed
+    else:
+        chosen = failed or late or error
+    if chosen is not error and chosen is not failed and error is not None:
+        chosen.__context__ = error  # type: ignore[union-attr]
+    return chosen
+
+
+async def conclude(
+    root: Sequence, value: T, error: BaseException | None, expected: tuple[type[Exception], ...]
+) -> Outcome[T]:
+    """Ends a run, taking everything back if it failed.
+
+    Raises:
+        BaseException: What goes on to the caller; not what he expects, if the state was restored.
+    """
+    run = root.run
+    if error is None:
+        error = run.reported  # a function that caught this and returned has failed all the same
+        if error is None:
+            return Outcome(run, SagaState.COMPLETED, value, None, _WholeRollback(root))
+    if isinstance(error, GeneratorExit):
+        left = list(pending_names(root))
+        if left:
+            warnings.warn(
+                f"saga {run.saga!r} was closed in the middle, where it could not await anything; "
+                f"not taken back: {', '.join(left)}",
+                ResourceWarning,
+                stacklevel=2,
+            )
+        raise error
+    late = None
+    if must_take_back(root) or (root.middleware and root.entries):
+        late = await roll_back(root, 0, root.name, root.path)
+    chosen = verdict(run, root.path, error, late)
+    assert chosen is not None
+    restored = not run.failures and not root.committed
+    outcome: Outcome[Any] = Outcome(
+        run, SagaState.COMPENSATED if restored else SagaState.FAILED, None, chosen
+    )
+    run.ended = outcome
+    add_note(chosen, _what_happened(root, error))
+    for raised in (chosen, run.reported):
+        if raised is not None:
+            attach_outcome(raised, outcome)
+    if run.reported is not None:
+        run.reported.outcome = outcome
+    if restored and chosen is error and is_expected(error, expected):
+        return outcome
+    try:
+        raise chosen
+    finally:
+        del chosen, error, late
+
+
+def is_expected(error: BaseException, expected: tuple[type[Exception], ...]) -> bool:
+    """Tells whether a caller named this failure; a group counts if every leaf does."""
+    return all(isinstance(leaf, expected) for leaf in leaves(error))
+
+
+def _what_happened(root: Sequence, error: BaseException) -> str:
+    """Writes the note that a failed run adds to its exception."""
+    causes = list(leaves(error))
+    failed: list[str] = []
+    taken_back: list[str] = []
+    in_doubt: list[str] = []
+    for entry in reversed(root.entries):
+        for record in (entry,) if isinstance(entry, Record) else records(entry):
+            if record.state is COMPENSATED:
+                taken_back.append(record.name)
+            elif record.state is UNKNOWN:
+                in_doubt.append(record.name)
+            if record.error is not None and any(record.error is cause for cause in causes):
+                failed.append(record.name)
+    where = f" in step {_listed(failed)}" if failed else ""
+    return (
+        f"saga {root.run.saga!r} failed{where}; rolled back: {_listed(taken_back)}; "
+        f"in doubt: {_listed(in_doubt)}"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    more = len(names) - _LISTED_NAMES
+    shown = ", ".join(map(repr, names[:_LISTED_NAMES]))
+    return shown if more <= 0 else f"{shown} and {more} more"
+
+
+async def run_whole(
+    root: Sequence,
+    forward: Callable[[], Awaitable[T]],
+    expected: tuple[type[Exception], ...],
+) -> Outcome[T]:
+    """Runs a saga from its start to its end, as an effect.
+
+    Raises:
+        BaseException: What goes on to the caller.
+    """
+    if not root.middleware:
+        return await _run(root, forward, expected)
+    inner: Outcome[T] | None = None
+
+    async def run() -> T:
+        nonlocal inner
+        try:
+            inner = await _run(root, forward, ())
+        except BaseException:
+            inner = root.run.ended
+            raise
+        return inner.value
+
+    error: BaseException | None = None
+    value: Any = None
+    try:
+        value = await through(root.middleware, root.effect("saga", root.name, root.path), run)
+    except GeneratorExit:
+        raise
+    except BaseException as raised:  # noqa: BLE001 - decided below
+        error = raised
+    if inner is None or inner.error is None:
+        # Not run, or completed. What a middleware raises then is a failure like any other, and one
+        # that returns a value has the last word on it.
+        return await conclude(root, value, error, expected)
+    if error is None or error is inner.error:
+        # Swallowing the error does not change what happened.
+        error = inner.error
+        if inner.state is SagaState.COMPENSATED and is_expected(error, expected):
+            return inner
+    else:
+        attach_outcome(error, inner)
+    try:
+        raise error
+    finally:
+        del error
+
+
+async def _run(
+    root: Sequence, forward: Callable[[], Awaitable[T]], expected: tuple[type[Exception], ...]
+) -> Outcome[T]:
+    error: BaseException | None = None
+    value: Any = None
+    try:
+        value = await forward()
+    except BaseException as raised:  # noqa: BLE001 - raised again when everything is taken back
+        error = raised
+    try:
+        return await conclude(root, value, error, expected)
+    finally:
+        del error
+
+
+class _WholeRollback:
+    """Takes back a run that had succeeded, once."""
+
+    __slots__ = ("_later", "_root", "_running")
+
+    def __init__(self, root: Sequence) -> None:
+        self._root = root
+        self._running = False
+        self._later: Outcome[Any] | None = None
+
+    async def __call__(self, before: Outcome[Any]) -> Outcome[Any]:
+        if self._later is not None:
+            return self._later
+        root = self._root
+        run = root.run
+        if root.committed:
+            raise AlreadyCommitted(
+                f"saga {run.saga!r} has passed its commit: what was done before it stays done, so "
+                "the run cannot be taken back"
+            )
+        if self._running:
+            raise ScopeBusy(f"saga {run.saga!r} is being taken back by another task")
+        self._running = True
+        late = None
+        if must_take_back(root) or root.middleware:
+            late = await roll_back(root, 0, root.name, root.path)
+        chosen = verdict(run, root.path, None, late)
+        state = SagaState.FAILED if run.failures else SagaState.COMPENSATED
+        self._later = Outcome(run, state, None, chosen if run.failures else None)
+        if run.reported is not None:
+            run.reported.outcome = self._later
+        if chosen is None:
+            return self._later
+        attach_outcome(chosen, self._later)
+        raise chosen

@@ -1,0 +1,195 @@
+"""What a run leaves behind: a frozen report of what happened, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar, cast
+
+__all__ = ["Outcome", "SagaState", "StepReport", "StepState", "outcome_of"]
+
+T_co = TypeVar("T_co", covariant=True)
+
+_ATTRIBUTE = "__pysagas_outcome__"
+
+
+class SagaState(Enum):
+    """How a run ended. Closed: there will be no others."""
+
+    COMPLETED = "completed"
+    """Carried out whole."""
+    COMPENSATED = "compensated"
+    """Everything was taken back (but see `Outcome.in_doubt` for steps that could not be asked)."""
+    FAILED = "failed"
+    """Not everything was taken back: a compensation failed or did not run, or a commit was passed."""
+
+
+class StepState(Enum):
+    """How a step ended. Closed: there will be no others.
+
+    An action that is still running counts as UNKNOWN: should the process stop here, that is what
+    it would be.
+    """
+
+    NOT_STARTED = "not started"
+    """Its action was never called."""
+    COMPLETED = "completed"
+    """Its action returned, and was not taken back."""
+    NOT_APPLIED = "not applied"
+    """Its action raised one of the step's ``not_applied`` types: it did nothing."""
+    UNKNOWN = "unknown"
+    """Its action was started and did not return: it may have taken effect, or not, or in part."""
+    COMPENSATED = "compensated"
+    """Its undo or compensation returned."""
+    COMPENSATION_FAILED = "compensation failed"
+    """Its undo or compensation was begun, and did not return."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What happened to one step.
+
+    Attributes:
+        name: The step's name, or its action's.
+        path: Its place in the tree of the run, the same in every run.
+        state: How it ended.
+        result: What its action returned; None where it did not.
+        error: What its action raised; None where it did not.
+        compensation_error: What its undo or compensation raised; None where it did not.
+    """
+
+    name: str
+    path: tuple[int, ...]
+    state: StepState
+    result: object = None
+    error: BaseException | None = None
+    compensation_error: BaseException | None = None
+
+
+class _Ended(Protocol):
+    """What an outcome asks of the run that it reports on."""
+
+    @property
+    def saga(self) -> str: ...
+
+    @property
+    def run_id(self) -> str: ...
+
+    def reports(self) -> tuple[StepReport, ...]: ...
+
+
+class Outcome(Generic[T_co]):
+    """The report of one run. It does not change; `rollback` gives a new one.
+
+    Attributes:
+        state: How the run ended.
+        error: What ended it, the exception that the caller got; None for a completed run.
+    """
+
+    __slots__ = ("__weakref__", "_rollback", "_run", "_steps", "_value", "error", "state")
+
+    state: SagaState
+    error: BaseException | None
+
+    def __init__(
+        self,
+        run: _Ended,
+        state: SagaState,
+        value: T_co,
+        error: BaseException | None,
+        rollback: Callable[[Outcome[T_co]], Awaitable[Outcome[T_co]]] | None = None,
+    ) -> None:
+        _set(self, "state", state)
+        _set(self, "error", error)
+        _set(self, "_run", run)
+        _set(self, "_steps", None)
+        _set(self, "_value", value)
+        _set(self, "_rollback", rollback)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuses: an outcome is frozen."""
+        raise AttributeError(f"an Outcome is frozen: {name!r} cannot be set")
+
+    @property
+    def saga(self) -> str:
+        """The name of the saga that ran."""
+        return self._run.saga
+
+    @property
+    def run_id(self) -> str:
+        """The name of this run: the caller's, or a random one."""
+        return self._run.run_id
+
+    @property
+    def value(self) -> T_co:
+        """What the saga returned; None for a saga built as data.
+
+        Raises:
+            BaseException: `error`, where the run did not complete.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._value
+
+    @property
+    def steps(self) -> tuple[StepReport, ...]:
+        """A report for each step, in the order of their paths.
+
+        Steps of a saga built as data that were never reached are listed too. A function's steps
+        are known only once it has called them. Made when first asked for, so that a run which
+        nobody asks about does not pay for it.
+        """
+        if self._steps is None:
+            _set(self, "_steps", self._run.reports())
+        return cast("tuple[StepReport, ...]", self._steps)
+
+    @property
+    def in_doubt(self) -> tuple[StepReport, ...]:
+        """The steps that are UNKNOWN: started, not returned, and not taken back."""
+        return tuple(step for step in self.steps if step.state is StepState.UNKNOWN)
+
+    async def rollback(self) -> Outcome[T_co]:
+        """Takes back a run that had succeeded.
+
+        A second call changes nothing and gives the same outcome as the first; so does a call on a
+        run that had not succeeded. Like every rollback it is not interrupted by cancellation, which
+        is raised when it is over.
+
+        Returns:
+            A new outcome, COMPENSATED. This one stays as it is.
+
+        Raises:
+            CompensationFailed: Something could not be taken back. Its ``outcome`` is the new one.
+            AlreadyCommitted: The run passed a commit; nothing has run.
+            ScopeBusy: Another task is taking this run back at this moment.
+        """
+        if self._rollback is None:
+            return self
+        _ = self.steps  # the report of before, while it can still be made
+        return await cast(
+            "Callable[[Outcome[T_co]], Awaitable[Outcome[T_co]]]", self._rollback
+        )(self)
+
+    def __repr__(self) -> str:
+        error = "" if self.error is None else f" error={self.error!r}"
+        return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}>"
+
+
+def _set(target: object, name: str, value: object) -> None:
+    object.__setattr__(target, name, value)
+
+
+def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:
+    """Lets `outcome_of` find the outcome from the exception that is about to be raised."""
+    # Not setattr: an exception class may be a frozen dataclass.
+    BaseException.__setattr__(error, _ATTRIBUTE, outcome)
+
+
+def outcome_of(error: BaseException) -> Outcome[object] | None:
+    """Gives the outcome of the saga that raised `error`, the outermost one that did.
+
+    Returns:
+        The outcome; None where no saga raised it.
+    """
+    return getattr(error, _ATTRIBUTE, None)

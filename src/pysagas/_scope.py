@@ -1,0 +1,677 @@
+"""The running saga in hand: a scope, on which a function calls its steps.
+
+Each call is all or nothing: it returns with its work in the log, or raises with it already taken
+back, since its caller may catch the exception and go another way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from inspect import CO_ASYNC_GENERATOR, isawaitable
+from types import CoroutineType, TracebackType
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
+
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._definitions import (
+    COMPLETED,
+    NOT_STARTED,
+    UNKNOWN,
+    Bound,
+    Definition,
+    Exceptions,
+    OnCompensationFailure,
+    OnFailure,
+    Parallel,
+    Retry,
+    Step,
+    check_saga_options,
+    exception_types,
+)
+from ._effects import Middleware, current_place
+from ._errors import SagaDefinitionError, ScopeBusy, ScopeClosed
+from ._forward import (
+    carry_out,
+    carry_out_commit,
+    conclude,
+    new_entry,
+    note_failure,
+    reset_place,
+    verdict,
+)
+from ._outcome import Outcome
+from ._rollback import (
+    NO_KEYWORDS,
+    Record,
+    Run,
+    Sequence,
+    must_take_back,
+    roll_back,
+)
+from ._signatures import has_coroutine_code, takes
+
+__all__ = ["SagaScope", "open_saga"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+T5 = TypeVar("T5")
+T6 = TypeVar("T6")
+T7 = TypeVar("T7")
+T8 = TypeVar("T8")
+Ts = TypeVarTuple("Ts")
+
+_UNSET: Any = object()
+
+
+class SagaScope:
+    """The running saga in hand.
+
+    Made by the library: a saga's function gets one, `open_saga` and `nested` yield one. It is used
+    by one task at a time, within its block.
+
+    Attributes:
+        outcome: The report of the run, once a scope of `open_saga` has ended; None before, and for
+            other scopes.
+    """
+
+    __slots__ = ("__weakref__", "_closed", "_in_use", "_sequence", "outcome")
+
+    outcome: Outcome[None] | None
+
+    def __init__(self, sequence: Sequence) -> None:
+        """For the library's own use."""
+        self._sequence = sequence
+        # Why no more forward work is taken; None while it is.
+        self._closed: str | None = None
+        # The call that is under way; None where there is none.
+        self._in_use: str | None = None
+        self.outcome = None
+
+    def __repr__(self) -> str:
+        return f"<SagaScope of saga {self._sequence.saga_name!r} at {self._sequence.path}>"
+
+    # --- the calls -----------------------------------------------------------------------------
+
+    @overload
+    async def step(
+        self, definition: Definition[P, T] | Bound[T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+    @overload
+    async def step(
+        self,
+        action: Callable[[Unpack[Ts]], Awaitable[T]],
+        /,
+        *args: Unpack[Ts],
+        compensation: Callable[[Unpack[Ts]], object] | None = None,
+        undo: Callable[[T], object] | None = None,
+        name: str | None = None,
+        not_applied: Exceptions = (),
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        compensation_timeout: float | None = None,
+        compensation_retry: Retry | None = None,
+        shield: bool = False,
+        blocking: bool = False,
+    ) -> T: ...
+
+    @overload
+    async def step(
+        self,
+        action: Callable[[Unpack[Ts]], T],
+        /,
+        *args: Unpack[Ts],
+        compensation: Callable[[Unpack[Ts]], object] | None = None,
+        undo: Callable[[T], object] | None = None,
+        name: str | None = None,
+        not_applied: Exceptions = (),
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        compensation_timeout: float | None = None,
+        compensation_retry: Retry | None = None,
+        shield: bool = False,
+        blocking: bool = False,
+    ) -> T: ...
+
+    async def step(
+        self,
+        action: Any,
+        /,
+        *args: Any,
+        compensation: Any = _UNSET,
+        undo: Any = _UNSET,
+        **options: Any,
+    ) -> Any:
+        """Carries out one step: an action, or a definition (a Step, a group, another saga).
+
+        An action gets the positional arguments. A definition gets the keyword arguments too; for an
+        action with keywords, write ``scope.step(Step(action, ...), *args, **kwargs)``.
+
+        Args:
+            action: What to carry out.
+            *args: Its arguments.
+            compensation: Takes the action back; called with the same arguments.
+            undo: Takes the action back; called with what it returned.
+            **options: Those of `Step`.
+
+        Returns:
+            What the action returned.
+
+        Raises:
+            BaseException: What the action raised. It has been taken back by then, as far as that is
+                possible (see `Step`); a cancellation is raised when that is done.
+            CompensationFailed: It could not be taken back. The scope takes no more forward work.
+            SagaDefinitionError, TypeError: The call cannot work; nothing has run.
+            ScopeClosed, ScopeBusy: The scope cannot be used now; nothing has run.
+        """
+        if self._in_use is not None or self._closed is not None:
+            self._refuse("step")
+        sequence = self._sequence
+        if isinstance(action, Definition | Bound):
+            if compensation is not _UNSET:
+                options["compensation"] = compensation
+            if undo is not _UNSET:
+                options["undo"] = undo
+            return await self._carry_out(action, args, options, "step")
+        if compensation is _UNSET:
+            compensation = None
+        if undo is _UNSET:
+            undo = None
+        if (
+            options
+            or sequence.middleware
+            or not callable(action)
+            or not (compensation is None or takes(compensation, len(args)))
+            or not (undo is None or takes(undo, 1))
+            or not takes(action, len(args))
+        ):
+            # Built as a Step, which has a say on everything that is wrong with it.
+            step: Step[..., Any] = Step(action, compensation, undo=undo, **options)
+            return await self._carry_out(step, args, NO_KEYWORDS, "step")
+        # The short way, for a step that asks for nothing: as `_carry_out` and `attempt`.
+        record = Record(action, compensation, undo, args, NOT_STARTED)
+        entries = sequence.entries
+        index = len(entries)
+        entries.append(record)
+        self._in_use = "step"
+        token = current_place.set(sequence)
+        try:
+            if not has_coroutine_code(action):
+                await checkpoint_if_cancelled()
+            record.state = UNKNOWN
+            result = action(*args)
+            if result.__class__ is CoroutineType or isawaitable(result):
+                result = await result
+            record.result = result
+            record.state = COMPLETED
+        except BaseException as error:
+            note_failure(record, error)
+            reset_place(token)
+            await self._take_back(index, error)
+            raise
+        reset_place(token)
+        self._in_use = None
+        if self._closed is not None:
+            await self._take_back(index, self._too_late(record.name))
+        return result
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        m4: Bound[T4],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3, T4]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        m4: Bound[T4],
+        m5: Bound[T5],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3, T4, T5]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        m4: Bound[T4],
+        m5: Bound[T5],
+        m6: Bound[T6],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3, T4, T5, T6]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        m4: Bound[T4],
+        m5: Bound[T5],
+        m6: Bound[T6],
+        m7: Bound[T7],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3, T4, T5, T6, T7]: ...
+
+    @overload
+    async def parallel(
+        self,
+        m1: Bound[T1],
+        m2: Bound[T2],
+        m3: Bound[T3],
+        m4: Bound[T4],
+        m5: Bound[T5],
+        m6: Bound[T6],
+        m7: Bound[T7],
+        m8: Bound[T8],
+        /,
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T1, T2, T3, T4, T5, T6, T7, T8]: ...
+
+    @overload
+    async def parallel(
+        self,
+        *members: Bound[T],
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[T, ...]: ...
+
+    async def parallel(
+        self,
+        *members: Any,
+        name: str | None = None,
+        limit: int | None = None,
+        on_failure: OnFailure = "cancel",
+    ) -> tuple[Any, ...]:
+        """Carries out members at the same time.
+
+        Args:
+            *members: Bound steps, groups and sagas. A member that is not bound gets no arguments.
+            name: For reports and messages.
+            limit: How many members run at once; None: all of them.
+            on_failure: As for `Parallel`.
+
+        Returns:
+            What the members returned, in their order.
+
+        Raises:
+            ExceptionGroup: Members failed. All have stopped, and what they did has been taken back.
+            CompensationFailed: That could not be taken back. The scope takes no more forward work.
+            SagaDefinitionError, TypeError: The call cannot work; nothing has run.
+            ScopeClosed, ScopeBusy: The scope cannot be used now; nothing has run.
+        """
+        self._claim("parallel")
+        group = Parallel(*members, name=name, limit=limit, on_failure=on_failure)
+        result: tuple[Any, ...] = await self._carry_out(group, (), NO_KEYWORDS, "parallel")
+        return result
+
+    def nested(self) -> AbstractAsyncContextManager[SagaScope]:
+        """Opens a save-point: a part of the saga that is rolled back on its own.
+
+        The block gets a scope of its own; until it ends, this one takes no calls. An exception that
+        leaves the block takes back what the block has done, and goes on.
+
+        Raises:
+            CompensationFailed: At the end of the block: it could not be taken back. The scope takes
+                no more forward work.
+            ScopeClosed, ScopeBusy: The scope cannot be used now; nothing has run.
+        """
+        return _Nested(self)
+
+    async def commit(self) -> None:
+        """Passes the point of no return: what was done before it will not be compensated.
+
+        Raises:
+            SagaDefinitionError: This is a nested scope, or the saga is a part of another one; a
+                commit belongs to the outermost sequence. Nothing has run.
+            ScopeClosed, ScopeBusy: The scope cannot be used now; nothing has run.
+        """
+        self._claim("commit")
+        sequence = self._sequence
+        if sequence.parent is not None:
+            raise SagaDefinitionError(
+                f"commit was called in saga {sequence.saga_name!r} at {sequence.path}, within "
+                f"another one or within a nested scope; it belongs to the outermost sequence, that "
+                f"of saga {sequence.run.saga!r}"
+            )
+        self._in_use = "commit"
+        try:
+            await carry_out_commit(sequence)
+        finally:
+            self._in_use = None
+
+    def on_rollback(self, function: Callable[[Unpack[Ts]], object], *args: Unpack[Ts]) -> None:
+        """Has a function called when the saga is rolled back, in its turn among the compensations.
+
+        Only for what is done by something that cannot be called through `step`: between the work
+        and this call, a cancellation or an exception loses it.
+
+        Args:
+            function: Sync or async.
+            *args: Its arguments.
+
+        Raises:
+            SagaDefinitionError: It cannot be called so.
+            ScopeClosed, ScopeBusy: The scope cannot be used now.
+        """
+        self._claim("on_rollback")
+        if not callable(function) or not takes(function, len(args)):
+            raise SagaDefinitionError(
+                f"on_rollback: {function!r} cannot be called with {len(args)} arguments"
+            )
+        self._sequence.entries.append(Record(function, function, None, args, COMPLETED))
+
+    # --- what they share -----------------------------------------------------------------------
+
+    def _claim(self, call: str) -> None:
+        if self._in_use is not None or self._closed is not None:
+            self._refuse(call)
+
+    def _refuse(self, call: str) -> None:
+        where = f"scope.{call} on the scope of saga {self._sequence.saga_name!r}"
+        if self._closed is not None:
+            raise ScopeClosed(f"{where}: {self._closed}")
+        if self._in_use == "nested":
+            raise ScopeBusy(f"{where}: a nested scope is open; call it on that one, or end it first")
+        raise ScopeBusy(
+            f"{where}: its {self._in_use} has not ended yet; for work at the same time use "
+            "scope.parallel, whose members may be sagas with scopes of their own"
+        )
+
+    async def _carry_out(
+        self,
+        part: Definition[..., Any] | Bound[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: str,
+    ) -> Any:
+        sequence = self._sequence
+        if isinstance(part, Bound):
+            if args or kwargs:
+                raise TypeError(
+                    f"scope.{call}: {part!r} has its arguments already, and was given others"
+                )
+            definition, args, kwargs = part.definition, part.args, cast("dict[str, Any]", part.kwargs)
+        else:
+            definition = part
+            definition.check_call(args, kwargs, f"scope.{call}: {definition!r}")
+        if definition.holds_commit():
+            raise SagaDefinitionError(
+                f"scope.{call}: {definition!r} holds a commit, which belongs to the outermost "
+                "sequence; call `await scope.commit()` in the outermost function"
+            )
+        index = len(sequence.entries)
+        path = (*sequence.path, index)
+        entry = new_entry(definition, args, kwargs, sequence, path)
+        sequence.entries.append(entry)
+        self._in_use = call
+        token = current_place.set(sequence)
+        try:
+            result = await carry_out(entry, args, kwargs, sequence, path)
+        except BaseException as error:
+            reset_place(token)
+            await self._take_back(index, error)
+            raise
+        reset_place(token)
+        self._in_use = None
+        if self._closed is not None:
+            await self._take_back(index, self._too_late(entry.name))
+        return result
+
+    def _too_late(self, name: str) -> ScopeClosed:
+        return ScopeClosed(
+            f"{name!r} of saga {self._sequence.saga_name!r} ended after its scope had; it was taken "
+            "back"
+        )
+
+    async def _take_back(self, index: int, error: BaseException) -> None:
+        """Takes one entry back; returns for `error` itself to be raised."""
+        if isinstance(error, GeneratorExit):
+            return  # nothing can be awaited any more; the end of the run says what that leaves
+        sequence = self._sequence
+        entry = sequence.entries[index]
+        path = (*sequence.path, index)
+        late = None
+        if must_take_back(entry):
+            late = await roll_back(sequence, index, entry.name, path)
+        chosen = verdict(sequence.run, path, error, late)
+        self._in_use = None
+        if sequence.run.failures_in(path):
+            self._closed = "something in it could not be taken back, so it ends failed"
+        if chosen is not None and chosen is not error:
+            try:
+                raise chosen
+            finally:
+                del chosen, error, late
+        if isinstance(error, ScopeClosed):
+            raise error
+
+    def _end(self, how: str) -> BaseException | None:
+        """Closes the scope; says what is wrong with that."""
+        wrong: BaseException | None = None
+        if self._in_use is not None:
+            wrong = ScopeBusy(
+                f"the scope of saga {self._sequence.saga_name!r} ended while its {self._in_use} was "
+                "under way in another task; wait for that task within the scope's block"
+            )
+        elif self._closed is not None:
+            wrong = self._sequence.run.reported
+        self._closed = how
+        return wrong
+
+
+async def call_function(
+    sequence: Sequence,
+    function: Callable[..., Awaitable[T]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> T:
+    """Carries out a saga written as a function, forward only."""
+    scope = SagaScope(sequence)
+    try:
+        value = await function(scope, *args, **kwargs)
+    except BaseException:
+        scope._end("its saga has ended")
+        raise
+    wrong = scope._end("its saga has ended")
+    if wrong is not None:
+        raise wrong
+    return value
+
+
+class _Nested(AbstractAsyncContextManager[SagaScope]):
+    """A save-point in a scope."""
+
+    __slots__ = ("_around", "_index", "_scope")
+
+    def __init__(self, around: SagaScope) -> None:
+        self._around = around
+
+    async def __aenter__(self) -> SagaScope:
+        around = self._around
+        around._claim("nested")
+        sequence = around._sequence
+        self._index = len(sequence.entries)
+        inner = Sequence(
+            sequence.run, sequence, (*sequence.path, self._index), None, sequence.middleware
+        )
+        sequence.entries.append(inner)
+        around._in_use = "nested"
+        self._scope = SagaScope(inner)
+        return self._scope
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        wrong = self._scope._end("its block has ended")
+        around = self._around
+        if error is None and wrong is None:
+            around._in_use = None
+            return
+        await around._take_back(self._index, error or cast("BaseException", wrong))
+        if error is None and wrong is not None:
+            raise wrong
+
+
+def open_saga(
+    *,
+    name: str | None = None,
+    exceptions: Exceptions = (),
+    rollback_timeout: float | None = None,
+    on_compensation_failure: OnCompensationFailure = "continue",
+    middleware: tuple[Middleware, ...] | list[Middleware] = (),
+) -> AbstractAsyncContextManager[SagaScope]:
+    """Opens a saga for the length of a block, for use inside a function that exists already.
+
+    It holds no cancel scope and no task group between calls, so it works in async context managers,
+    async generators and fixtures, even where another task ends them than began them. An exception
+    that leaves the block takes everything back, and goes on.
+
+    Args:
+        name: For reports and messages.
+        exceptions: Failures that are expected: one of these that leaves the block goes no further,
+            if the state was restored; ``scope.outcome`` then is COMPENSATED.
+        rollback_timeout: Seconds that a rollback may take; None: no limit.
+        on_compensation_failure: ``"continue"`` with the others, or ``"stop"``.
+        middleware: Around each effect. The block itself is no effect: a "saga" effect is not made.
+
+    Raises:
+        SagaDefinitionError: An option cannot work.
+        CompensationFailed: At the end of the block: something could not be taken back.
+    """
+    place = f"open_saga {name!r}" if name else "open_saga"
+    check_saga_options(place, name, rollback_timeout, on_compensation_failure, middleware)
+    run = Run(name or "saga", None)
+    root = Sequence(run, None, (), None, tuple(middleware))
+    run.root = root
+    root.limit_rollback(rollback_timeout)
+    root.stop_on_failure = on_compensation_failure == "stop"
+    return _OpenSaga(root, exception_types(f"{place}: exceptions", exceptions))
+
+
+class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
+    """The block of `open_saga`."""
+
+    __slots__ = ("_expected", "_root", "_scope")
+
+    def __init__(self, root: Sequence, expected: tuple[type[Exception], ...]) -> None:
+        self._root = root
+        self._expected = expected
+        self._scope: SagaScope | None = None
+
+    async def __aenter__(self) -> SagaScope:
+        if self._scope is not None:
+            raise ScopeClosed(f"saga {self._root.run.saga!r}: a block of open_saga is entered once")
+        self._scope = SagaScope(self._root)
+        return self._scope
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        scope = self._scope
+        assert scope is not None
+        wrong = scope._end("its block has ended")
+        cause = error or wrong
+        if isinstance(cause, GeneratorExit) and _in_async_generator():
+            # `aclose` of an async generator, where awaiting works: so this is an end like another.
+            cause = ScopeClosed("the async generator around the saga was closed")
+            cause.__context__ = error
+        try:
+            scope.outcome = await conclude(self._root, None, cause, self._expected)
+        except BaseException as raised:
+            scope.outcome = self._root.run.ended
+            if raised is cause and cause is not wrong and isinstance(cause, ScopeClosed):
+                return False  # the generator's own GeneratorExit goes on
+            if raised is error:
+                return False
+            raise
+        return error is not None
+
+
+def _in_async_generator() -> bool:
+    """Tells whether an async generator's frame is what runs the block that ends here.
+
+    GeneratorExit reaches a block in two ways. In a coroutine that is closed or collected nothing
+    can be awaited any more. In an async generator that is closed by ``aclose`` awaiting works, and
+    event loops close the collected ones so.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith("contextlib.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and bool(frame.f_code.co_flags & CO_ASYNC_GENERATOR)

@@ -1,0 +1,148 @@
+"""What a callable can take, and whether it is async: asked before anything runs.
+
+`inspect.signature` costs some 10 µs a function, too much for a step that is written inline and
+checked at every call. So the ordinary cases, functions and methods, are read off the code object;
+everything else goes the long way. A callable whose signature nobody knows (some are written in C)
+is taken to accept anything: its own error will tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import (
+    CO_COROUTINE,
+    CO_VARARGS,
+    Parameter,
+    Signature,
+    iscoroutinefunction,
+    signature,
+    unwrap,
+)
+from types import FunctionType, MethodType
+
+__all__ = [
+    "call_problem",
+    "compensation_problem",
+    "is_async",
+    "is_coroutine_function",
+    "name_of",
+    "takes",
+]
+
+Function = Callable[..., object]
+
+
+def is_coroutine_function(function: Function) -> bool:
+    """Tells whether calling it certainly gives a coroutine."""
+    if iscoroutinefunction(function):  # sees through functools.partial and methods
+        return True
+    return not isinstance(function, FunctionType | MethodType | type) and iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - the method itself is wanted
+    )
+
+
+def is_async(function: Function) -> bool:
+    """Tells whether it is async as far as its author says, seen through ``functools.wraps``."""
+    while isinstance(function, partial):
+        function = function.func
+    return is_coroutine_function(function) or is_coroutine_function(unwrap(function))
+
+
+def has_coroutine_code(function: Function) -> bool:
+    """Tells quickly whether it is an ``async def`` function or method; others may be async too."""
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(code.co_flags & CO_COROUTINE)
+
+
+def name_of(function: object) -> str:
+    """Gives the name by which a person knows a callable."""
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def takes(function: Function, count: int) -> bool:
+    """Tells whether it can be called with so many positional arguments and nothing else."""
+    target: object = function
+    wanted = count
+    if type(target) is MethodType:
+        target = target.__func__
+        wanted += 1
+    if type(target) is FunctionType:
+        code = target.__code__
+        if wanted > code.co_argcount:
+            if not code.co_flags & CO_VARARGS:
+                return False
+        elif wanted < code.co_argcount - len(target.__defaults__ or ()):
+            return False
+        return not code.co_kwonlyargcount or code.co_kwonlyargcount == len(
+            target.__kwdefaults__ or ()
+        )
+    return call_problem(function, (None,) * count, {}) is None
+
+
+def _signature(function: Function) -> Signature | None:
+    try:
+        return signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def call_problem(
+    function: Function, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> str | None:
+    """Says why it cannot be called so; None where it can, or where nobody knows."""
+    known = _signature(function)
+    if known is None:
+        return None
+    try:
+        known.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def compensation_problem(action: Function, compensation: Function) -> str | None:
+    """Says why a compensation cannot take what its action takes; None where it can.
+
+    Two calls are tried: the shortest and the longest that the action accepts. Names are not
+    compared, since most calls are positional; a call by keyword is checked when it is made. An
+    action with ``*args`` or ``**kwargs`` says nothing about its calls, which are checked then too.
+    """
+    if _same_shape(action, compensation):
+        return None
+    known = _signature(action)
+    if known is None:
+        return None
+    shortest: tuple[list[object], dict[str, object]] = ([], {})
+    longest: tuple[list[object], dict[str, object]] = ([], {})
+    for name, parameter in known.parameters.items():
+        if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            return None
+        for positional, keyword in (
+            [longest] if parameter.default is not Parameter.empty else [shortest, longest]
+        ):
+            if parameter.kind is Parameter.KEYWORD_ONLY:
+                keyword[name] = None
+            else:
+                positional.append(None)
+    for positional, keyword in (shortest, longest):
+        problem = call_problem(compensation, tuple(positional), keyword)
+        if problem is not None:
+            return f"{name_of(action)}{known}, but {name_of(compensation)}: {problem}"
+    return None
+
+
+def _same_shape(first: object, second: object) -> bool:
+    if type(first) is not FunctionType or type(second) is not FunctionType:
+        return False
+    one, other = first.__code__, second.__code__
+    return (
+        one.co_argcount == other.co_argcount
+        and not one.co_kwonlyargcount
+        and not other.co_kwonlyargcount
+        and len(first.__defaults__ or ()) == len(second.__defaults__ or ())
+        and "__wrapped__" not in first.__dict__
+    )

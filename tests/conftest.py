@@ -1,0 +1,36 @@
+"""Every async test runs on every loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import pytest
+
+BACKENDS: list[Any] = [
+    pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+    pytest.param(("trio", {}), id="trio"),
+]
+if sys.platform != "win32":
+    BACKENDS.append(pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"))
+if sys.version_info >= (3, 12):
+
+    def eager_loop() -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)
+        return loop
+
+    BACKENDS.append(pytest.param(("asyncio", {"loop_factory": eager_loop}), id="eager"))
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+ASYNCIO = [parameter for parameter in BACKENDS if parameter.values[0][0] == "asyncio"]
+"""For tests of what only asyncio has: `task.cancel()`, `asyncio.timeout`, ...
+
+Use: ``@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)``.
+"""
