@@ -1,6 +1,7 @@
 """Sagas for asyncio and Trio: whatever goes wrong, everything that happened is taken back."""
 
-from ._definitions import Bound, Commit, Parallel, Retry, Step
+from ._attempts import Retry
+from ._definitions import Bound, Commit, Parallel, Step
 from ._effects import CallNext, Effect, EffectKind, Middleware, current_effect, observer
 from ._errors import (
     AlreadyCommitted,

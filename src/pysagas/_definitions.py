@@ -1,25 +1,28 @@
 """Steps and parallel groups as frozen data, checked when they are built.
 
-Whatever can be found wrong with a definition is found here, before anything has run. What a step
-needs wrapped around its calls (timeout, retry, thread, shield) is composed here too, once; a step
-that asks for none of it costs nothing extra.
+Whatever can be found wrong with a definition is found here, before anything has run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from inspect import isawaitable
-from math import isnan
-from types import CoroutineType
-from typing import Any, Final, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, NoReturn, ParamSpec, TypeGuard, TypeVar, cast, overload
 
-from anyio import move_on_after, to_thread
-from anyio.lowlevel import checkpoint_if_cancelled
-
+from ._attempts import Attempted, Retry, compose_attempts, compose_back
+from ._checks import (
+    Exceptions,
+    OnFailure,
+    check_blocking,
+    check_callable,
+    check_limit,
+    check_name,
+    check_retry,
+    check_seconds,
+    exception_types,
+    shown_call,
+)
 from ._errors import SagaDefinitionError
-from ._outcome import StepState
-from ._shelter import call_sheltered
 from ._signatures import (
     call_problem,
     compensation_problem,
@@ -29,43 +32,11 @@ from ._signatures import (
     takes,
 )
 
-__all__ = ["Bound", "Commit", "Definition", "Parallel", "Retry", "Step"]
+__all__ = ["Bound", "Commit", "Definition", "Item", "Parallel", "Step"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-Exceptions = type[Exception] | tuple[type[Exception], ...]
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-OnFailure = Literal["cancel", "finish"]
-OnCompensationFailure = Literal["continue", "stop"]
-
-COMPLETED: Final = StepState.COMPLETED
-NOT_APPLIED: Final = StepState.NOT_APPLIED
-NOT_STARTED: Final = StepState.NOT_STARTED
-UNKNOWN: Final = StepState.UNKNOWN
-
-
-class Retry(Protocol):
-    """What ``retry=`` takes: it awaits the function that it is given, perhaps several times."""
-
-    async def __call__(self, attempt: Callable[[], Awaitable[Any]], /) -> Any:
-        """Returns what an attempt returned, or raises."""
-        ...
-
-
-class Attempted(Protocol):
-    """The record of a step, as far as an attempt at its action writes to it."""
-
-    state: StepState
-    result: Any
-    error: BaseException | None
-
-    @property
-    def args(self) -> tuple[Any, ...]: ...
-
-    @property
-    def kwargs(self) -> Mapping[str, Any]: ...
 
 
 class Definition(Generic[P, T_co]):
@@ -100,9 +71,7 @@ class Definition(Generic[P, T_co]):
         self.check_call(args, kwargs, f"{self!r}.bind")
         return Bound(self, args, kwargs)
 
-    def check_call(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object], caller: str
-    ) -> None:
+    def check_call(self, args: tuple[object, ...], kwargs: Mapping[str, object], caller: str) -> None:
         """Refuses arguments that something in this definition could not take.
 
         Args:
@@ -117,12 +86,10 @@ class Definition(Generic[P, T_co]):
         if shape not in self._known_calls:
             problem = self._call_problem(args, kwargs)
             if problem is not None:
-                raise TypeError(f"{caller}{_shown_call(args, kwargs)}: {problem}")
+                raise TypeError(f"{caller}{shown_call(args, kwargs)}: {problem}")
             self._known_calls.add(shape)
 
-    def _call_problem(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> str | None:
+    def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
         raise NotImplementedError  # pragma: no cover - abstract
 
     def holds_commit(self) -> bool:
@@ -137,14 +104,15 @@ class Bound(Generic[T_co]):
 
     definition: Definition[..., T_co]
     args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    kwargs: dict[str, object]
 
     def __init__(
         self,
         definition: Definition[..., T_co],
         args: tuple[object, ...],
-        kwargs: Mapping[str, object],
+        kwargs: dict[str, object],
     ) -> None:
+        """For the library's own use; write ``definition.bind(...)``."""
         object.__setattr__(self, "definition", definition)
         object.__setattr__(self, "args", args)
         object.__setattr__(self, "kwargs", kwargs)
@@ -154,7 +122,7 @@ class Bound(Generic[T_co]):
         raise AttributeError(f"{self!r} is immutable: {name!r} cannot be set; bind again")
 
     def __repr__(self) -> str:
-        return f"{self.definition!r}.bind{_shown_call(self.args, self.kwargs)}"
+        return f"{self.definition!r}.bind{shown_call(self.args, self.kwargs)}"
 
 
 class Step(Definition[P, T_co]):
@@ -168,7 +136,7 @@ class Step(Definition[P, T_co]):
     """
 
     __slots__ = (
-                "action",
+        "action",
         "attempts",
         "blocking",
         "compensation",
@@ -280,18 +248,17 @@ class Step(Definition[P, T_co]):
             SagaDefinitionError: Something of this cannot work. The message says what, and what to
                 write instead.
         """
-        label = name if isinstance(name, str) and name else name_of(action)
+        label = name or name_of(action)
         place = f"Step {label!r}"
-        _check_callable(place, "action", action)
-        if name is not None and (not isinstance(name, str) or not name):
-            raise SagaDefinitionError(f"{place}: name must be a non-empty string, not {name!r}")
-        if isinstance(action, Definition):
+        check_callable(place, "action", action)
+        check_name(place, name)
+        if is_part(action):
             raise SagaDefinitionError(
                 f"{place}: the action is a {type(action).__name__}; put it into the saga as it is, "
                 "since a step whose action is a saga would be an independent run"
             )
         if compensation is not None:
-            _check_callable(place, "compensation", compensation)
+            check_callable(place, "compensation", compensation)
             problem = compensation_problem(action, compensation)
             if problem is not None:
                 raise SagaDefinitionError(
@@ -299,7 +266,7 @@ class Step(Definition[P, T_co]):
                     f"{problem}; to get the action's result instead, write undo="
                 )
         if undo is not None:
-            _check_callable(place, "undo", undo)
+            check_callable(place, "undo", undo)
             if not takes(undo, 1):
                 raise SagaDefinitionError(
                     f"{place}: undo {name_of(undo)!r} gets one argument, the action's result, and "
@@ -308,15 +275,15 @@ class Step(Definition[P, T_co]):
         not_applied = exception_types(f"{place}: not_applied", not_applied)
         check_seconds(place, "timeout", timeout)
         check_seconds(place, "compensation_timeout", compensation_timeout)
-        _check_retry(place, "retry", retry)
-        _check_retry(place, "compensation_retry", compensation_retry)
+        check_retry(place, "retry", retry)
+        check_retry(place, "compensation_retry", compensation_retry)
         going_back = [
             (kind, function)
             for kind, function in (("compensation", compensation), ("undo", undo))
             if function is not None
         ]
         if blocking:
-            _check_blocking(place, action, going_back, timeout, compensation_timeout)
+            check_blocking(place, action, going_back, timeout, compensation_timeout)
         elif timeout is not None and not is_async(action):
             raise SagaDefinitionError(
                 f"{place}: timeout={timeout!r}, but the action is not an async function, and a sync "
@@ -358,14 +325,12 @@ class Step(Definition[P, T_co]):
         put("shield", bool(shield))
         put("blocking", bool(blocking))
         put("_known_calls", set())
-        put("attempts", _compose_attempts(cast("Step[..., Any]", self)))
-        put("take_back", _compose_back(cast("Step[..., Any]", self), compensation))
-        put("take_undo", _compose_back(cast("Step[..., Any]", self), undo))
+        put("attempts", compose_attempts(cast("Step[..., Any]", self)))
+        put("take_back", compose_back(cast("Step[..., Any]", self), compensation))
+        put("take_undo", compose_back(cast("Step[..., Any]", self), undo))
         put("simple", self.attempts is None and self.known_async)
 
-    def _call_problem(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> str | None:
+    def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
         for kind, function in (("action", self.action), ("compensation", self.compensation)):
             problem = function and call_problem(function, args, kwargs)
             if problem is not None:
@@ -383,14 +348,18 @@ class Commit(Definition[..., None]):
         object.__setattr__(self, "name", "commit")
         object.__setattr__(self, "_known_calls", set())
 
-    def _call_problem(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> str | None:
+    def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
+        del args, kwargs
         return None
 
     def holds_commit(self) -> bool:
         """Yes."""
         return True
+
+
+def is_part(value: object) -> TypeGuard[Definition[..., Any] | Bound[Any]]:
+    """Tells whether a saga can be made of it."""
+    return isinstance(value, Definition | Bound)
 
 
 class Item:
@@ -405,21 +374,19 @@ class Item:
         if isinstance(part, Bound):
             self.definition = part.definition
             self.args: tuple[Any, ...] | None = part.args
-            self.kwargs: Mapping[str, Any] = part.kwargs
+            self.kwargs: dict[str, Any] = part.kwargs
         else:
             self.definition = part
             self.args = None
             self.kwargs = {}
 
 
-def make_items(
-    place: str, parts: Iterable[object], *, in_group: bool, known: str
-) -> tuple[Item, ...]:
+def make_items(place: str, parts: Iterable[object], *, in_group: bool, known: str) -> tuple[Item, ...]:
     """Checks the parts of a sequence, or the members of a group."""
     items: list[Item] = []
     named: dict[str, Definition[..., Any]] = {}
     for index, part in enumerate(parts):
-        if not isinstance(part, Definition | Bound):
+        if not is_part(part):
             hint = f"; write Step({name_of(part)})" if callable(part) else ""
             raise SagaDefinitionError(
                 f"{place}: {known} {index} must be a Step, a Parallel or a Saga, not {part!r}{hint}"
@@ -448,7 +415,7 @@ def items_problem(
     """Says which of the items could not be called with the arguments of the run."""
     for item in items:
         if item.args is None:
-            problem = item.definition._call_problem(args, kwargs)  # noqa: SLF001
+            problem = item.definition._call_problem(args, kwargs)
             if problem is not None:
                 return problem
     return None
@@ -486,14 +453,9 @@ class Parallel(Definition[..., tuple[Any, ...]]):
         Raises:
             SagaDefinitionError: Something of this cannot work.
         """
-        if name is not None and (not isinstance(name, str) or not name):
-            raise SagaDefinitionError(f"Parallel: name must be a non-empty string, not {name!r}")
+        check_name("Parallel", name)
         place = f"Parallel {name!r}" if name else "Parallel"
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise SagaDefinitionError(
-                f"{place}: limit must be a whole number of members, at least 1, or None for all at "
-                f"once, not {limit!r}"
-            )
+        check_limit(place, limit)
         if on_failure not in ("cancel", "finish"):
             raise SagaDefinitionError(
                 f'{place}: on_failure must be "cancel" or "finish", not {on_failure!r}'
@@ -505,261 +467,5 @@ class Parallel(Definition[..., tuple[Any, ...]]):
         put("on_failure", on_failure)
         put("_known_calls", set())
 
-    def _call_problem(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> str | None:
+    def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
         return items_problem(self.items, args, kwargs)
-
-
-# --- what is wrong with the parts ---------------------------------------------------------------
-
-
-def _check_callable(place: str, what: str, value: object) -> None:
-    if not callable(value):
-        given = "a coroutine, which is already called" if isawaitable(value) else repr(value)
-        if isinstance(value, CoroutineType):
-            value.close()
-        raise SagaDefinitionError(
-            f"{place}: the {what} must be a function, or another callable, not {given}"
-        )
-
-
-def check_seconds(place: str, what: str, value: object) -> None:
-    """Refuses what is no time in seconds."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value) or value < 0:
-        raise SagaDefinitionError(
-            f"{place}: {what} must be seconds, zero or more, or None for no limit, not {value!r}"
-        )
-
-
-def check_saga_options(
-    place: str,
-    name: object,
-    rollback_timeout: object,
-    on_compensation_failure: object,
-    middleware: object,
-) -> None:
-    """Refuses options that no saga can have."""
-    if name is not None and (not isinstance(name, str) or not name):
-        raise SagaDefinitionError(f"{place}: name must be a non-empty string, not {name!r}")
-    check_seconds(place, "rollback_timeout", rollback_timeout)
-    if on_compensation_failure not in ("continue", "stop"):
-        raise SagaDefinitionError(
-            f'{place}: on_compensation_failure must be "continue" or "stop", not '
-            f"{on_compensation_failure!r}"
-        )
-    if not isinstance(middleware, tuple | list):
-        raise SagaDefinitionError(
-            f"{place}: middleware must be a list or a tuple of callables, not {middleware!r}"
-        )
-    for one in cast("tuple[object, ...]", middleware):
-        if not callable(one) or not takes(one, 2):
-            raise SagaDefinitionError(
-                f"{place}: a middleware must be an async callable of (effect, call_next), not {one!r}"
-            )
-
-
-def exception_types(what: str, types: object) -> tuple[type[Exception], ...]:
-    """Gives one exception type, or a tuple of them, as a tuple.
-
-    Raises:
-        SagaDefinitionError: Something else was given, or a type that is no failure.
-    """
-    if types is None:
-        return ()
-    listed = cast("tuple[object, ...]", types if isinstance(types, tuple) else (types,))
-    for listed_type in listed:
-        if not isinstance(listed_type, type) or not issubclass(listed_type, BaseException):
-            raise SagaDefinitionError(
-                f"{what} must be an exception type, or a tuple of them, not {types!r}"
-            )
-        if not issubclass(listed_type, Exception):
-            raise SagaDefinitionError(
-                f"{what}: {listed_type.__name__} is no failure but an order to stop (cancellation, "
-                "KeyboardInterrupt, SystemExit), which always goes on to the caller; name subclasses "
-                "of Exception"
-            )
-    return cast("tuple[type[Exception], ...]", listed)
-
-
-def _check_retry(place: str, what: str, retry: object) -> None:
-    if retry is None:
-        return
-    remedy = (
-        "write for instance stamina.AsyncRetryingCaller(attempts=3).on(OSError) or "
-        "tenacity.AsyncRetrying(reraise=True, ...)"
-    )
-    if not callable(retry):
-        raise SagaDefinitionError(
-            f"{place}: {what} must be an async callable that awaits the function it is given, not "
-            f"{retry!r}; {remedy}"
-        )
-    if not is_async(retry):
-        raise SagaDefinitionError(
-            f"{place}: {what} {retry!r} is not async; a sync retrier would call the async function "
-            f"once and never retry; {remedy}"
-        )
-    if not takes(retry, 1):
-        raise SagaDefinitionError(
-            f"{place}: {what} {retry!r} cannot take one argument, the function to call; {remedy}"
-        )
-
-
-def _check_blocking(
-    place: str,
-    action: Callable[..., object],
-    going_back: list[tuple[str, Callable[..., object]]],
-    timeout: float | None,
-    compensation_timeout: float | None,
-) -> None:
-    if timeout is not None or (compensation_timeout is not None and not all(
-        is_async(function) for _, function in going_back
-    )):
-        raise SagaDefinitionError(
-            f"{place}: blocking=True with a timeout; a thread cannot be timed out. Give the limit to "
-            "what the function calls (a socket, a query), or write it as `async def`"
-        )
-    if is_async(action):
-        raise SagaDefinitionError(
-            f"{place}: blocking=True, but the action is async; it is for functions that block. "
-            "To let an async action run to its end, write shield=True"
-        )
-
-
-def _shown_call(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
-    shown = [*map(_shortened, args), *(f"{name}={_shortened(value)}" for name, value in kwargs.items())]
-    return f"({', '.join(shown)})"
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# --- what a step needs wrapped around its calls -------------------------------------------------
-
-
-async def settle(value: object) -> object:
-    """Gives a value, or what it gives when awaited."""
-    return await value if isawaitable(value) else value
-
-
-async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
-    """Tries a step's action once, and writes to its record how that went.
-
-    A later attempt can only add to what may have happened: an action that once returned stays
-    completed, one that was once in doubt stays in doubt until it returns.
-    """
-    if not step.known_async and not step.blocking:
-        await checkpoint_if_cancelled()
-    before = record.state
-    if before is not COMPLETED:
-        record.state = UNKNOWN
-    limit = None
-    try:
-        if step.timeout is not None:
-            with move_on_after(step.timeout) as limit:
-                result = await settle(step.action(*record.args, **record.kwargs))
-        elif step.blocking:
-            result = await _in_thread(step, step.action, record.args, record.kwargs)
-        else:
-            result = await settle(step.action(*record.args, **record.kwargs))
-    except BaseException as error:
-        record.error = error
-        if (
-            before in (NOT_STARTED, NOT_APPLIED)
-            and isinstance(error, step.not_applied)
-            and not isinstance(error, BaseExceptionGroup)
-        ):
-            record.state = NOT_APPLIED
-        raise
-    if limit is not None and limit.cancelled_caught:
-        # Raised outside of the block above: the step's own timeout never counts as not_applied.
-        record.error = TimeoutError(f"step {step.name!r} did not end within {step.timeout} s")
-        raise record.error
-    record.result = result
-    record.error = None
-    record.state = COMPLETED
-    return result
-
-
-def _compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[Any]] | None:
-    """Wraps shield or thread, then retry, around the attempts; None where there is nothing to wrap."""
-    retry = step.retry
-    sheltered = step.shield or step.blocking
-    if not sheltered and retry is None and step.timeout is None:
-        return None
-
-    async def tried(record: Attempted) -> Any:
-        if retry is None:
-            return await attempt(record, step)
-
-        async def again() -> Any:
-            return await attempt(record, step)
-
-        result = await retry(again)
-        if record.state is not COMPLETED:
-            # The retrier gave a value of its own (a fallback): that is the step's result then.
-            record.result = result
-            record.state = COMPLETED
-        return result
-
-    if not sheltered:
-        return tried
-
-    async def to_its_end(record: Attempted) -> Any:
-        await checkpoint_if_cancelled()
-        return await call_sheltered(partial(tried, record))
-
-    return to_its_end
-
-
-def _compose_back(
-    step: Step[..., Any], function: Callable[..., object] | None
-) -> Callable[..., object] | None:
-    """Wraps thread, retry and timeout around an undo or a compensation."""
-    limit = step.compensation_timeout
-    retry = step.compensation_retry
-    threaded = step.blocking and function is not None and not is_async(function)
-    if function is None or (limit is None and retry is None and not threaded):
-        return function
-    back = function
-
-    async def once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-        if threaded:
-            return await _in_thread(step, back, args, kwargs)
-        if limit is None:
-            return await settle(back(*args, **kwargs))
-        with move_on_after(limit) as scope:
-            return await settle(back(*args, **kwargs))
-        # Unreachable unless the scope swallowed its own cancellation.
-        assert scope.cancelled_caught
-        raise TimeoutError(f"taking back step {step.name!r} did not end within {limit} s")
-
-    async def taken_back(*args: Any, **kwargs: Any) -> object:
-        attempt_once = partial(once, args, kwargs)
-        trying = attempt_once if retry is None else partial(retry, attempt_once)
-        # A thread goes on when the task that waits for it is cancelled: so somebody must wait who
-        # is not cancelled.
-        return await (call_sheltered(trying) if threaded else trying())
-
-    return taken_back
-
-
-async def _in_thread(
-    step: Step[..., Any],
-    function: Callable[..., object],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> object:
-    result = await to_thread.run_sync(partial(function, *args, **kwargs))
-    if isawaitable(result):
-        if isinstance(result, CoroutineType):
-            result.close()
-        raise TypeError(
-            f"step {step.name!r} has blocking=True, but {name_of(function)!r} returned an awaitable; "
-            "leave blocking away for async functions"
-        )
-    return result

@@ -106,9 +106,7 @@ class _CallNext:
 
     __slots__ = ("_begun", "_effect", "_ended", "_innermost", "_middleware", "_running")
 
-    def __init__(
-        self, middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext
-    ) -> None:
+    def __init__(self, middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext) -> None:
         self._middleware = middleware
         self._effect = effect
         self._innermost = innermost
@@ -140,9 +138,7 @@ class _CallNext:
         self._ended = True
 
 
-async def through(
-    middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext
-) -> object:
+async def through(middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext) -> object:
     """Runs an effect through a chain of middleware, outermost first."""
     if not middleware:
         return await innermost()
@@ -184,7 +180,7 @@ def observer(middleware: Middleware) -> Middleware:
 
         try:
             await middleware(effect, watched)
-        except Exception as error:  # noqa: BLE001 - an observer must not harm the saga
+        except Exception as error:
             if not any(error is known for known in raised):
                 _logger.warning(
                     "observer %r failed on effect %s %r at %s; the saga is not affected",

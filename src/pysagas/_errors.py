@@ -9,7 +9,7 @@ A step's own failure is none of these: it reaches the caller as the exception th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,14 +120,14 @@ def add_note(error: BaseException, note: str) -> None:
         return
     try:
         error.add_note(note)
-    except Exception:  # noqa: BLE001, S110 - a frozen exception class must not cost the rollback
+    except Exception:  # noqa: S110 - a frozen exception class must not cost the rollback
         pass
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
     """Yields the exceptions in an exception group, or the one that is none."""
     if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
+        for part in cast("BaseExceptionGroup[BaseException]", error).exceptions:
             yield from leaves(part)
     else:
         yield error

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar
+
+from ._errors import SagaError
 
 __all__ = ["Outcome", "SagaState", "StepReport", "StepState", "outcome_of"]
 
@@ -91,6 +93,10 @@ class Outcome(Generic[T_co]):
 
     state: SagaState
     error: BaseException | None
+    _run: _Ended
+    _steps: tuple[StepReport, ...] | None
+    _value: T_co
+    _rollback: Callable[[], Awaitable[Outcome[T_co]]] | None
 
     def __init__(
         self,
@@ -98,7 +104,7 @@ class Outcome(Generic[T_co]):
         state: SagaState,
         value: T_co,
         error: BaseException | None,
-        rollback: Callable[[Outcome[T_co]], Awaitable[Outcome[T_co]]] | None = None,
+        rollback: Callable[[], Awaitable[Outcome[T_co]]] | None = None,
     ) -> None:
         _set(self, "state", state)
         _set(self, "error", error)
@@ -127,9 +133,12 @@ class Outcome(Generic[T_co]):
 
         Raises:
             BaseException: `error`, where the run did not complete.
+            SagaError: The run was taken back by `rollback`.
         """
         if self.error is not None:
             raise self.error
+        if self.state is not SagaState.COMPLETED:
+            raise SagaError(f"saga {self.saga!r} was taken back by Outcome.rollback: it has no value")
         return self._value
 
     @property
@@ -140,9 +149,11 @@ class Outcome(Generic[T_co]):
         are known only once it has called them. Made when first asked for, so that a run which
         nobody asks about does not pay for it.
         """
-        if self._steps is None:
-            _set(self, "_steps", self._run.reports())
-        return cast("tuple[StepReport, ...]", self._steps)
+        steps = self._steps
+        if steps is None:
+            steps = self._run.reports()
+            _set(self, "_steps", steps)
+        return steps
 
     @property
     def in_doubt(self) -> tuple[StepReport, ...]:
@@ -167,9 +178,7 @@ class Outcome(Generic[T_co]):
         if self._rollback is None:
             return self
         _ = self.steps  # the report of before, while it can still be made
-        return await cast(
-            "Callable[[Outcome[T_co]], Awaitable[Outcome[T_co]]]", self._rollback
-        )(self)
+        return await self._rollback()
 
     def __repr__(self) -> str:
         error = "" if self.error is None else f" error={self.error!r}"

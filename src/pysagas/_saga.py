@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from inspect import CO_VARARGS
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
-from ._definitions import (
-    Bound,
-    Commit,
-    Definition,
-    Exceptions,
-    OnCompensationFailure,
-    OnFailure,
-    Parallel,
-    Retry,
-    Step,
-    check_saga_options,
-    exception_types,
-    items_problem,
-    make_items,
-)
+from ._attempts import Retry
+from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
+from ._definitions import Bound, Commit, Definition, Parallel, Step, is_part, items_problem, make_items
 from ._effects import Middleware
 from ._errors import SagaDefinitionError
-from ._forward import carry_out_items, run_whole
+from ._forward import carry_out_items
+from ._log import Run, SagaDefinition, Sequence
 from ._outcome import Outcome
-from ._rollback import Run, SagaDefinition, Sequence
+from ._run import run_whole
 from ._scope import SagaScope, call_function
 from ._signatures import call_problem, is_async, name_of
 
@@ -169,9 +159,7 @@ class Saga(SagaDefinition[P, T_co]):
         run.root = root
         return await run_whole(root, partial(self.forward, root, args, kwargs), expected)
 
-    async def forward(
-        self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    async def forward(self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.function is None:
             return await carry_out_items(sequence, args, kwargs)
         return await call_function(sequence, self.function, args, kwargs)
@@ -180,9 +168,7 @@ class Saga(SagaDefinition[P, T_co]):
         """Tells whether a `Commit` stands in it; what a function will do nobody knows."""
         return any(item.definition.holds_commit() for item in self.items)
 
-    def _call_problem(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> str | None:
+    def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
         if self.function is None:
             return items_problem(self.items, args, kwargs)
         problem = call_problem(self.function, (None, *args), kwargs)
@@ -198,7 +184,7 @@ def _from_function(
     on_compensation_failure: OnCompensationFailure = "continue",
     middleware: tuple[Middleware, ...] | list[Middleware] = (),
 ) -> Saga[..., T]:
-    new: Saga[..., T] = Saga.__new__(Saga)
+    new = cast("Saga[..., T]", object.__new__(Saga))
     new._define(
         f"@saga {name or name_of(function)!r}",
         (),
@@ -209,7 +195,6 @@ def _from_function(
         on_compensation_failure=on_compensation_failure,
         middleware=middleware,
     )
-    # For documentation tools; a class attribute would hide that of the class.
     return new
 
 
@@ -247,8 +232,10 @@ class _SagaDecorator:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
 
+    # The scope comes first in a function, and second in a method. The two overlap for a function of
+    # two scopes, which nobody writes.
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[Concatenate[SagaScope, P], Awaitable[T]], /
     ) -> Saga[P, T]: ...
 
@@ -262,13 +249,13 @@ class _SagaDecorator:
 
 
 @overload
-def saga(function: Callable[Concatenate[SagaScope, P], Awaitable[T]], /) -> Saga[P, T]: ...
+def saga(  # type: ignore[overload-overlap]
+    function: Callable[Concatenate[SagaScope, P], Awaitable[T]], /
+) -> Saga[P, T]: ...
 
 
 @overload
-def saga(
-    function: Callable[Concatenate[S, SagaScope, P], Awaitable[T]], /
-) -> SagaMethod[S, P, T]: ...
+def saga(function: Callable[Concatenate[S, SagaScope, P], Awaitable[T]], /) -> SagaMethod[S, P, T]: ...
 
 
 @overload
@@ -311,25 +298,26 @@ def saga(function: Any = None, /, **options: Any) -> Any:
     return _decorate(function, options)
 
 
-def _decorate(function: Any, options: dict[str, Any]) -> Any:
+def _decorate(function: Any, options: dict[str, Any]) -> Saga[..., Any] | SagaMethod[Any, ..., Any]:
     place = f"@saga on {name_of(function)!r}"
-    if isinstance(function, Definition) or not callable(function) or not is_async(function):
+    if not _is_async_function(function):
         raise SagaDefinitionError(
             f"{place}: it must be an async function of (scope, *args), not {function!r}; write "
             "`async def`"
         )
     if _is_method(function):
         return SagaMethod(function, options)
-    problem = None
     code = getattr(function, "__code__", None)
-    if code is not None and code.co_argcount == 0 and not code.co_flags & 4:
-        problem = "it takes no argument"
-    if problem is not None:
+    if code is not None and not code.co_argcount and not code.co_flags & CO_VARARGS:
         raise SagaDefinitionError(
-            f"{place}: its first argument is the scope on which it calls its steps, and {problem}; "
-            f"write `async def {name_of(function)}(scope, ...)`"
+            f"{place}: its first argument is the scope on which it calls its steps, and it takes "
+            f"none; write `async def {name_of(function)}(scope, ...)`"
         )
     return _from_function(function, **options)
+
+
+def _is_async_function(function: object) -> bool:
+    return not isinstance(function, Definition) and callable(function) and is_async(function)
 
 
 def _is_method(function: Any) -> bool:
@@ -420,7 +408,7 @@ class SagaBuilder:
         Raises:
             SagaDefinitionError: The step cannot work.
         """
-        if isinstance(action, Definition | Bound):
+        if is_part(action):
             if compensation is not None or undo is not None or options:
                 raise SagaDefinitionError(
                     f"add_step: {action!r} is defined already; give its compensation and its options "

@@ -8,48 +8,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from inspect import CO_ASYNC_GENERATOR, isawaitable
-from types import CoroutineType, TracebackType
+from types import CoroutineType, FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._definitions import (
-    COMPLETED,
-    NOT_STARTED,
-    UNKNOWN,
-    Bound,
-    Definition,
-    Exceptions,
-    OnCompensationFailure,
-    OnFailure,
-    Parallel,
-    Retry,
-    Step,
-    check_saga_options,
-    exception_types,
-)
+from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN, Retry
+from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
+from ._definitions import Bound, Definition, Parallel, Step, is_part
 from ._effects import Middleware, current_place
 from ._errors import SagaDefinitionError, ScopeBusy, ScopeClosed
-from ._forward import (
-    carry_out,
-    carry_out_commit,
-    conclude,
-    new_entry,
-    note_failure,
-    reset_place,
-    verdict,
-)
-from ._outcome import Outcome
-from ._rollback import (
+from ._forward import carry_out, carry_out_commit, new_entry, note_failure, reset_place
+from ._log import (
     NO_KEYWORDS,
     Record,
     Run,
     Sequence,
     must_take_back,
-    roll_back,
 )
+from ._outcome import Outcome
+from ._rollback import roll_back
+from ._run import conclude, verdict
 from ._signatures import has_coroutine_code, takes
 
 __all__ = ["SagaScope", "open_saga"]
@@ -108,7 +89,7 @@ class SagaScope:
         self,
         action: Callable[[Unpack[Ts]], Awaitable[T]],
         /,
-        *args: Unpack[Ts],
+        *args: *Ts,
         compensation: Callable[[Unpack[Ts]], object] | None = None,
         undo: Callable[[T], object] | None = None,
         name: str | None = None,
@@ -126,7 +107,7 @@ class SagaScope:
         self,
         action: Callable[[Unpack[Ts]], T],
         /,
-        *args: Unpack[Ts],
+        *args: *Ts,
         compensation: Callable[[Unpack[Ts]], object] | None = None,
         undo: Callable[[T], object] | None = None,
         name: str | None = None,
@@ -139,7 +120,8 @@ class SagaScope:
         blocking: bool = False,
     ) -> T: ...
 
-    async def step(
+    # mypy does not see that `*args: Any` takes `*args: *Ts`.
+    async def step(  # type: ignore[misc]
         self,
         action: Any,
         /,
@@ -173,7 +155,7 @@ class SagaScope:
         if self._in_use is not None or self._closed is not None:
             self._refuse("step")
         sequence = self._sequence
-        if isinstance(action, Definition | Bound):
+        if is_part(action):
             if compensation is not _UNSET:
                 options["compensation"] = compensation
             if undo is not _UNSET:
@@ -205,7 +187,7 @@ class SagaScope:
             if not has_coroutine_code(action):
                 await checkpoint_if_cancelled()
             record.state = UNKNOWN
-            result = action(*args)
+            result: Any = action(*args)
             if result.__class__ is CoroutineType or isawaitable(result):
                 result = await result
             record.result = result
@@ -410,7 +392,7 @@ class SagaScope:
         finally:
             self._in_use = None
 
-    def on_rollback(self, function: Callable[[Unpack[Ts]], object], *args: Unpack[Ts]) -> None:
+    def on_rollback(self, function: Callable[[Unpack[Ts]], object], *args: *Ts) -> None:
         """Has a function called when the saga is rolled back, in its turn among the compensations.
 
         Only for what is done by something that cannot be called through `step`: between the work
@@ -425,7 +407,7 @@ class SagaScope:
             ScopeClosed, ScopeBusy: The scope cannot be used now.
         """
         self._claim("on_rollback")
-        if not callable(function) or not takes(function, len(args)):
+        if not takes(function, len(args)):
             raise SagaDefinitionError(
                 f"on_rollback: {function!r} cannot be called with {len(args)} arguments"
             )
@@ -461,7 +443,7 @@ class SagaScope:
                 raise TypeError(
                     f"scope.{call}: {part!r} has its arguments already, and was given others"
                 )
-            definition, args, kwargs = part.definition, part.args, cast("dict[str, Any]", part.kwargs)
+            definition, args, kwargs = part.definition, part.args, part.kwargs
         else:
             definition = part
             definition.check_call(args, kwargs, f"scope.{call}: {definition!r}")
@@ -671,7 +653,9 @@ def _in_async_generator() -> bool:
     can be awaited any more. In an async generator that is closed by ``aclose`` awaiting works, and
     event loops close the collected ones so.
     """
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith("contextlib.py"):
-        frame = frame.f_back  # type: ignore[assignment]
+    frame: FrameType | None = sys._getframe(2)
+    while (
+        frame is not None and frame.f_code.co_filename == AsyncExitStack.__aexit__.__code__.co_filename
+    ):
+        frame = frame.f_back
     return frame is not None and bool(frame.f_code.co_flags & CO_ASYNC_GENERATOR)

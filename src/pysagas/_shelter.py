@@ -91,7 +91,7 @@ async def shelter(
                     late = weightiest(late, error)
     except GeneratorExit:
         raise
-    except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+    except BaseException as error:
         if interrupted is not None and interrupted():
             return late  # the scope's own cancellation: it knows already
         late = weightiest(late, *leaves(error))
@@ -111,7 +111,7 @@ async def call_sheltered(function: Callable[[], Awaitable[T]]) -> T:
     async def work() -> None:
         try:
             ended.append(await function())
-        except BaseException as error:  # noqa: BLE001 - raised again in the calling task
+        except BaseException as error:
             failed.append(error)
 
     late = await shelter(work)

@@ -20,6 +20,7 @@ from inspect import (
     unwrap,
 )
 from types import FunctionType, MethodType
+from typing import Any
 
 __all__ = [
     "call_problem",
@@ -65,7 +66,7 @@ def name_of(function: object) -> str:
 
 def takes(function: Function, count: int) -> bool:
     """Tells whether it can be called with so many positional arguments and nothing else."""
-    target: object = function
+    target: Any = function
     wanted = count
     if type(target) is MethodType:
         target = target.__func__
@@ -77,10 +78,8 @@ def takes(function: Function, count: int) -> bool:
                 return False
         elif wanted < code.co_argcount - len(target.__defaults__ or ()):
             return False
-        return not code.co_kwonlyargcount or code.co_kwonlyargcount == len(
-            target.__kwdefaults__ or ()
-        )
-    return call_problem(function, (None,) * count, {}) is None
+        return not code.co_kwonlyargcount or code.co_kwonlyargcount == len(target.__kwdefaults__ or ())
+    return callable(target) and call_problem(function, (None,) * count, {}) is None
 
 
 def _signature(function: Function) -> Signature | None:

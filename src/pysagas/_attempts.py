@@ -1,0 +1,177 @@
+"""One attempt at an action, and what a step asks to have wrapped around its calls.
+
+Composed once, when the step is built: outermost shield or thread, then retry, then timeout, then the
+call. A step that asks for none of it is called as it is, and costs nothing extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from inspect import isawaitable
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from anyio import move_on_after, to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._outcome import StepState
+from ._shelter import call_sheltered
+from ._signatures import is_async, name_of
+
+if TYPE_CHECKING:
+    from ._definitions import Step
+
+__all__ = ["Attempted", "Retry", "attempt", "compose_attempts", "compose_back", "settle"]
+
+COMPLETED: Final = StepState.COMPLETED
+NOT_APPLIED: Final = StepState.NOT_APPLIED
+NOT_STARTED: Final = StepState.NOT_STARTED
+UNKNOWN: Final = StepState.UNKNOWN
+
+
+class Retry(Protocol):
+    """What ``retry=`` takes: it awaits the function that it is given, perhaps several times."""
+
+    async def __call__(self, attempt: Callable[[], Awaitable[Any]], /) -> Any:
+        """Returns what an attempt returned, or raises."""
+        ...
+
+
+class Attempted(Protocol):
+    """The record of a step, as far as an attempt at its action writes to it."""
+
+    state: StepState
+    result: Any
+    error: BaseException | None
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+
+
+async def settle(value: object) -> object:
+    """Gives a value, or what it gives when awaited."""
+    return await value if isawaitable(value) else value
+
+
+async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
+    """Tries a step's action once, and writes to its record how that went.
+
+    A later attempt can only add to what may have happened: an action that once returned stays
+    completed, one that was once in doubt stays in doubt until it returns.
+    """
+    if not step.known_async and not step.blocking:
+        await checkpoint_if_cancelled()
+    before = record.state
+    if before is not COMPLETED:
+        record.state = UNKNOWN
+    limit = None
+    result = None
+    try:
+        if step.timeout is not None:
+            with move_on_after(step.timeout) as limit:
+                result = await settle(step.action(*record.args, **record.kwargs))
+        elif step.blocking:
+            result = await _in_thread(step, step.action, record.args, record.kwargs)
+        else:
+            result = await settle(step.action(*record.args, **record.kwargs))
+    except BaseException as error:
+        record.error = error
+        if (
+            before in (NOT_STARTED, NOT_APPLIED)
+            and isinstance(error, step.not_applied)
+            and not isinstance(error, BaseExceptionGroup)
+        ):
+            record.state = NOT_APPLIED
+        raise
+    if limit is not None and limit.cancelled_caught:
+        # Raised outside of the block above: the step's own timeout never counts as not_applied.
+        record.error = TimeoutError(f"step {step.name!r} did not end within {step.timeout} s")
+        raise record.error
+    record.result = result
+    record.error = None
+    record.state = COMPLETED
+    return result
+
+
+def compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[Any]] | None:
+    """Wraps shield or thread, then retry, around the attempts; None where there is nothing to wrap."""
+    retry = step.retry
+    sheltered = step.shield or step.blocking
+    if not sheltered and retry is None and step.timeout is None:
+        return None
+
+    async def tried(record: Attempted) -> Any:
+        if retry is None:
+            return await attempt(record, step)
+
+        async def again() -> Any:
+            return await attempt(record, step)
+
+        result = await retry(again)
+        if record.state is not COMPLETED:
+            # The retrier gave a value of its own (a fallback): that is the step's result then.
+            record.result = result
+            record.state = COMPLETED
+        return result
+
+    if not sheltered:
+        return tried
+
+    async def to_its_end(record: Attempted) -> Any:
+        await checkpoint_if_cancelled()
+        return await call_sheltered(partial(tried, record))
+
+    return to_its_end
+
+
+def compose_back(
+    step: Step[..., Any], function: Callable[..., object] | None
+) -> Callable[..., object] | None:
+    """Wraps thread, retry and timeout around an undo or a compensation."""
+    limit = step.compensation_timeout
+    retry = step.compensation_retry
+    threaded = step.blocking and function is not None and not is_async(function)
+    if function is None or (limit is None and retry is None and not threaded):
+        return function
+    back = function
+
+    async def once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        if threaded:
+            return await _in_thread(step, back, args, kwargs)
+        if limit is None:
+            return await settle(back(*args, **kwargs))
+        with move_on_after(limit) as scope:
+            return await settle(back(*args, **kwargs))
+        # Unreachable unless the scope swallowed its own cancellation.
+        assert scope.cancelled_caught
+        raise TimeoutError(f"taking back step {step.name!r} did not end within {limit} s")
+
+    async def taken_back(*args: Any, **kwargs: Any) -> object:
+        attempt_once = partial(once, args, kwargs)
+        trying = attempt_once if retry is None else partial(retry, attempt_once)
+        # A thread goes on when the task that waits for it is cancelled: so somebody must wait who
+        # is not cancelled.
+        return await (call_sheltered(trying) if threaded else trying())
+
+    return taken_back
+
+
+async def _in_thread(
+    step: Step[..., Any],
+    function: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> object:
+    result = await to_thread.run_sync(partial(function, *args, **kwargs))
+    if isawaitable(result):
+        if isinstance(result, CoroutineType):
+            result.close()
+        raise TypeError(
+            f"step {step.name!r} has blocking=True, but {name_of(function)!r} returned an awaitable; "
+            "leave blocking away for async functions"
+        )
+    return result
