@@ -66,8 +66,8 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
     if not step.known_async and not step.blocking:
         await checkpoint_if_cancelled()
     before = record.state
-    if before is not COMPLETED:
-        record.state = UNKNOWN
+    record.state = UNKNOWN
+    record.error = None
     limit = None
     result = None
     try:
@@ -80,8 +80,10 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
             result = await settle(step.action(*record.args, **record.kwargs))
     except BaseException as error:
         record.error = error
-        if (
-            before in (NOT_STARTED, NOT_APPLIED)
+        if before is COMPLETED:
+            record.state = COMPLETED
+        elif (
+            before is not UNKNOWN
             and isinstance(error, step.not_applied)
             and not isinstance(error, BaseExceptionGroup)
         ):
@@ -90,9 +92,9 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
     if limit is not None and limit.cancelled_caught:
         # Raised outside of the block above: the step's own timeout never counts as not_applied.
         record.error = TimeoutError(f"step {step.name!r} did not end within {step.timeout} s")
+        record.state = COMPLETED if before is COMPLETED else UNKNOWN
         raise record.error
     record.result = result
-    record.error = None
     record.state = COMPLETED
     return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import wraps
 from typing import Literal, Protocol
@@ -84,9 +84,19 @@ class Place(Protocol):
     def current_effect(self) -> Effect | None: ...
 
 
-# The place of the code that runs in this context. Set once for a whole sequence of steps where
-# possible: a set and a reset for each step would be a tenth of its cost.
+# The place of the code that runs in this context. Set once for a whole run, and in each member of a
+# group: a set and a reset for each step would be a tenth of its cost.
 current_place: ContextVar[Place | None] = ContextVar("pysagas_place", default=None)
+
+
+def reset_place(token: Token[Place | None] | None) -> None:
+    """Ends what ``current_place.set`` began, if anything."""
+    try:
+        if token is not None:
+            current_place.reset(token)
+    except ValueError:
+        # Another context: the coroutine was closed, or collected, by somebody else.
+        pass
 
 
 def current_effect() -> Effect | None:

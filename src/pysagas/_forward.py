@@ -9,7 +9,7 @@ own entry back before it raises; the end of a run (see ``_run``) takes back the 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextvars import Context, Token, copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Commit, Definition, Parallel, Step
-from ._effects import Place, current_place, through
+from ._effects import current_place, through
 from ._errors import (
     leaves,
 )
@@ -40,7 +40,6 @@ __all__ = [
     "carry_out_items",
     "new_entry",
     "note_failure",
-    "reset_place",
 ]
 
 T = TypeVar("T")
@@ -80,14 +79,14 @@ async def carry_out(
     if isinstance(entry, Record):
         return await _carry_out_step(entry, owner, path)
     if isinstance(entry, Group):
-        forward = partial(_carry_out_members, entry, args, kwargs)
         if not owner.middleware:
-            return await forward()
-        return await through(owner.middleware, owner.effect("group", entry.name, path), forward)
+            return await _carry_out_members(entry, args, kwargs)
+        members = partial(_carry_out_members, entry, args, kwargs)
+        return await through(owner.middleware, owner.effect("group", entry.name, path), members)
     assert entry.saga is not None
-    forward = partial(entry.saga.forward, entry, args, kwargs)
     if not entry.middleware:
-        return await forward()
+        return await entry.saga.forward(entry, args, kwargs)
+    forward = partial(entry.saga.forward, entry, args, kwargs)
     return await through(entry.middleware, entry.effect("saga", entry.name, path), forward)
 
 
@@ -124,15 +123,6 @@ def note_failure(entry: Entry, error: BaseException) -> None:
             entry.state = NOT_APPLIED
 
 
-def reset_place(token: Token[Place | None]) -> None:
-    """Ends what ``current_place.set`` began."""
-    try:
-        current_place.reset(token)
-    except ValueError:
-        # Another context: the coroutine was closed, or collected, by somebody else.
-        pass
-
-
 # --- sequences ----------------------------------------------------------------------------------
 
 
@@ -142,12 +132,11 @@ async def carry_out_items(sequence: Sequence, args: tuple[Any, ...], kwargs: dic
     entries = sequence.entries
     append = entries.append
     plain = not sequence.middleware
-    token = current_place.set(sequence)
     try:
         for item in sequence.saga.items:
             definition = item.definition
             its_args, its_kwargs = (args, kwargs) if item.args is None else (item.args, item.kwargs)
-            if isinstance(definition, Step) and definition.simple and plain and not its_kwargs:
+            if plain and isinstance(definition, Step) and definition.simple and not its_kwargs:
                 # As `_carry_out_step` and `attempt`, written out for the step that asks for
                 # nothing: the long way costs three times as much as the step itself.
                 record = Record(
@@ -169,8 +158,6 @@ async def carry_out_items(sequence: Sequence, args: tuple[Any, ...], kwargs: dic
         if entries:
             note_failure(entries[-1], error)
         raise
-    finally:
-        reset_place(token)
 
 
 async def carry_out_commit(sequence: Sequence) -> None:
@@ -352,4 +339,6 @@ async def _carry_out_member(
     path = (*group.path, index)
     entry = new_entry(definition, args, kwargs, owner, path)
     group.members[index] = entry
+    if isinstance(entry, Sequence):
+        current_place.set(entry)
     return await carry_out(entry, args, kwargs, owner, path)

@@ -10,7 +10,7 @@ What this module must not know: how anything goes forward, or back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from uuid import uuid4
@@ -175,7 +175,9 @@ class SagaDefinition(Definition[P, T_co]):
     on_compensation_failure: str
     middleware: tuple[Middleware, ...]
 
-    async def forward(self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(
+        self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Awaitable[Any]:
         """Carries out the saga, forward only, writing to `sequence`."""
         raise NotImplementedError  # pragma: no cover - abstract
 
@@ -242,6 +244,15 @@ class Sequence:
         if seconds is not None and (self.rollback_timeout is None or seconds < self.rollback_timeout):
             self.rollback_timeout = seconds
 
+    def may_end_early(self) -> bool:
+        """Tells whether `begins_no_more` can ever come true, for this saga and those around it."""
+        level: Sequence | None = self
+        while level is not None:
+            if level.stop_on_failure or level.rollback_timeout is not None:
+                return True
+            level = level.parent
+        return False
+
     def begins_no_more(self) -> bool:
         """Tells whether unwinding has to stop here: a failure, or a time limit, of a saga around."""
         level: Sequence | None = self
@@ -277,12 +288,16 @@ class Sequence:
 
     def current_effect(self) -> Effect | None:
         """The effect of the entry in hand, for code that runs inside it (see ``_effects.Place``)."""
-        index = len(self.entries) - 1 if self.position is None else self.position
-        entry = self.entries[index]
-        if not isinstance(entry, Record):
-            return None
-        kind: EffectKind = "action" if self.position is None else "compensation"
-        return self.effect(kind, entry.name, (*self.path, index))
+        if self.position is not None:
+            entry = self.entries[self.position]
+            assert isinstance(entry, Record)
+            return self.effect("compensation", entry.name, (*self.path, self.position))
+        last = self.entries[-1] if self.entries else None
+        if isinstance(last, Sequence):
+            return last.current_effect()  # its steps run in the same context
+        if isinstance(last, Record) and last.state is UNKNOWN and last.error is None:
+            return self.effect("action", last.name, (*self.path, len(self.entries) - 1))
+        return None
 
 
 class Group:

@@ -144,6 +144,7 @@ async def _unwind(sequence: Sequence, start: int) -> None:
     """Takes back the entries of a sequence from `start` on, in reverse."""
     entries = sequence.entries
     plain = not sequence.middleware
+    watch = sequence.may_end_early()
     first = max(start, sequence.committed)
     try:
         for index in range(len(entries) - 1, first - 1, -1):
@@ -152,7 +153,7 @@ async def _unwind(sequence: Sequence, start: int) -> None:
                 way = entry.way_back()
                 if way is None:
                     continue
-                if sequence.begins_no_more():
+                if watch and sequence.begins_no_more():
                     return
                 sequence.position = index
                 if not plain:

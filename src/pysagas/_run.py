@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from ._attempts import UNKNOWN
-from ._effects import through
+from ._effects import current_place, reset_place, through
 from ._errors import (
     AlreadyCommitted,
     CompensationFailed,
@@ -28,7 +27,7 @@ from ._outcome import Outcome, SagaState, attach_outcome
 from ._rollback import roll_back
 from ._shelter import weightiest
 
-__all__ = ["conclude", "run_whole", "verdict"]
+__all__ = ["conclude", "run_plain", "run_through", "verdict"]
 
 T = TypeVar("T")
 Path = tuple[int, ...]
@@ -135,17 +134,18 @@ def is_expected(error: BaseException, expected: tuple[type[Exception], ...]) -> 
 def _what_happened(root: Sequence, error: BaseException) -> str:
     """Writes the note that a failed run adds to its exception."""
     causes = list(leaves(error))
-    failed: list[str] = []
-    taken_back: list[str] = []
-    in_doubt: list[str] = []
+    failed: list[Record] = []
+    taken_back: list[Record] = []
+    in_doubt: list[Record] = []
     for entry in reversed(root.entries):
         for record in (entry,) if isinstance(entry, Record) else records(entry):
-            if record.state is COMPENSATED:
-                taken_back.append(record.name)
-            elif record.state is UNKNOWN:
-                in_doubt.append(record.name)
+            state = record.state
+            if state is COMPENSATED:
+                taken_back.append(record)
+            elif state is UNKNOWN:
+                in_doubt.append(record)
             if record.error is not None and any(record.error is cause for cause in causes):
-                failed.append(record.name)
+                failed.append(record)
     where = f" in step {_listed(failed)}" if failed else ""
     return (
         f"saga {root.run.saga!r} failed{where}; rolled back: {_listed(taken_back)}; "
@@ -153,32 +153,51 @@ def _what_happened(root: Sequence, error: BaseException) -> str:
     )
 
 
-def _listed(names: list[str]) -> str:
-    if not names:
+def _listed(those: list[Record]) -> str:
+    if not those:
         return "nothing"
-    more = len(names) - _LISTED_NAMES
-    shown = ", ".join(map(repr, names[:_LISTED_NAMES]))
+    shown = ", ".join(repr(record.name) for record in those[:_LISTED_NAMES])
+    more = len(those) - _LISTED_NAMES
     return shown if more <= 0 else f"{shown} and {more} more"
 
 
-async def run_whole(
-    root: Sequence,
-    forward: Callable[[], Awaitable[T]],
-    expected: tuple[type[Exception], ...],
-) -> Outcome[T]:
-    """Runs a saga from its start to its end, as an effect.
+async def run_plain(
+    root: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any], expected: tuple[type[Exception], ...]
+) -> Outcome[Any]:
+    """Runs a saga from its start to its end.
 
     Raises:
         BaseException: What goes on to the caller.
     """
-    if not root.middleware:
-        return await _run(root, forward, expected)
-    inner: Outcome[T] | None = None
+    assert root.saga is not None
+    error: BaseException | None = None
+    value: Any = None
+    token = current_place.set(root)
+    try:
+        value = await root.saga.forward(root, args, kwargs)
+    except BaseException as raised:
+        error = raised
+    reset_place(token)
+    try:
+        return await conclude(root, value, error, expected)
+    finally:
+        del error
 
-    async def run() -> T:
+
+async def run_through(
+    root: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any], expected: tuple[type[Exception], ...]
+) -> Outcome[Any]:
+    """Runs a saga from its start to its end as an effect, through its middleware.
+
+    Raises:
+        BaseException: What goes on to the caller.
+    """
+    inner: Outcome[Any] | None = None
+
+    async def run() -> Any:
         nonlocal inner
         try:
-            inner = await _run(root, forward, ())
+            inner = await run_plain(root, args, kwargs, ())
         except BaseException:
             inner = root.run.ended
             raise
@@ -205,21 +224,6 @@ async def run_whole(
         attach_outcome(error, inner)
     try:
         raise error
-    finally:
-        del error
-
-
-async def _run(
-    root: Sequence, forward: Callable[[], Awaitable[T]], expected: tuple[type[Exception], ...]
-) -> Outcome[T]:
-    error: BaseException | None = None
-    value: Any = None
-    try:
-        value = await forward()
-    except BaseException as raised:
-        error = raised
-    try:
-        return await conclude(root, value, error, expected)
     finally:
         del error
 

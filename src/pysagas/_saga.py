@@ -15,7 +15,7 @@ from ._errors import SagaDefinitionError
 from ._forward import carry_out_items
 from ._log import Run, SagaDefinition, Sequence
 from ._outcome import Outcome
-from ._run import run_whole
+from ._run import run_plain, run_through
 from ._scope import SagaScope, call_function
 from ._signatures import call_problem, is_async, name_of
 
@@ -157,12 +157,17 @@ class Saga(SagaDefinition[P, T_co]):
         run = Run(self.name, None)
         root = Sequence(run, None, (), self, self.middleware)
         run.root = root
-        return await run_whole(root, partial(self.forward, root, args, kwargs), expected)
+        if root.middleware:
+            return await run_through(root, args, kwargs, expected)
+        return await run_plain(root, args, kwargs, expected)
 
-    async def forward(self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(
+        self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Awaitable[Any]:
+        """Carries out the saga, forward only, writing to `sequence`; for the library's own use."""
         if self.function is None:
-            return await carry_out_items(sequence, args, kwargs)
-        return await call_function(sequence, self.function, args, kwargs)
+            return carry_out_items(sequence, args, kwargs)
+        return call_function(sequence, self.function, args, kwargs)
 
     def holds_commit(self) -> bool:
         """Tells whether a `Commit` stands in it; what a function will do nobody knows."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from inspect import CO_ASYNC_GENERATOR, isawaitable
-from types import CoroutineType, FrameType, TracebackType
+from types import CoroutineType, FrameType, FunctionType, TracebackType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -18,9 +18,9 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN, Retry
 from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
 from ._definitions import Bound, Definition, Parallel, Step, is_part
-from ._effects import Middleware, current_place
+from ._effects import Middleware, current_place, reset_place
 from ._errors import SagaDefinitionError, ScopeBusy, ScopeClosed
-from ._forward import carry_out, carry_out_commit, new_entry, note_failure, reset_place
+from ._forward import carry_out, carry_out_commit, new_entry, note_failure
 from ._log import (
     NO_KEYWORDS,
     Record,
@@ -31,7 +31,7 @@ from ._log import (
 from ._outcome import Outcome
 from ._rollback import roll_back
 from ._run import conclude, verdict
-from ._signatures import has_coroutine_code, takes
+from ._signatures import fits, has_coroutine_code, takes
 
 __all__ = ["SagaScope", "open_saga"]
 
@@ -61,13 +61,16 @@ class SagaScope:
             other scopes.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_in_use", "_sequence", "outcome")
+    __slots__ = ("__weakref__", "_closed", "_in_use", "_sequence", "_sets_place", "outcome")
 
     outcome: Outcome[None] | None
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, *, sets_place: bool = False) -> None:
         """For the library's own use."""
         self._sequence = sequence
+        # Whether each call has to say where it stands: a block of `open_saga` has no context of its
+        # own in which that could be said once.
+        self._sets_place = sets_place
         # Why no more forward work is taken; None while it is.
         self._closed: str | None = None
         # The call that is under way; None where there is none.
@@ -155,7 +158,7 @@ class SagaScope:
         if self._in_use is not None or self._closed is not None:
             self._refuse("step")
         sequence = self._sequence
-        if is_part(action):
+        if action.__class__ is not FunctionType and is_part(action):
             if compensation is not _UNSET:
                 options["compensation"] = compensation
             if undo is not _UNSET:
@@ -165,14 +168,7 @@ class SagaScope:
             compensation = None
         if undo is _UNSET:
             undo = None
-        if (
-            options
-            or sequence.middleware
-            or not callable(action)
-            or not (compensation is None or takes(compensation, len(args)))
-            or not (undo is None or takes(undo, 1))
-            or not takes(action, len(args))
-        ):
+        if options or sequence.middleware or not fits(action, compensation, undo, len(args)):
             # Built as a Step, which has a say on everything that is wrong with it.
             step: Step[..., Any] = Step(action, compensation, undo=undo, **options)
             return await self._carry_out(step, args, NO_KEYWORDS, "step")
@@ -182,7 +178,7 @@ class SagaScope:
         index = len(entries)
         entries.append(record)
         self._in_use = "step"
-        token = current_place.set(sequence)
+        token = current_place.set(sequence) if self._sets_place else None
         try:
             if not has_coroutine_code(action):
                 await checkpoint_if_cancelled()
@@ -457,7 +453,7 @@ class SagaScope:
         entry = new_entry(definition, args, kwargs, sequence, path)
         sequence.entries.append(entry)
         self._in_use = call
-        token = current_place.set(sequence)
+        token = current_place.set(sequence) if self._sets_place else None
         try:
             result = await carry_out(entry, args, kwargs, sequence, path)
         except BaseException as error:
@@ -549,7 +545,7 @@ class _Nested(AbstractAsyncContextManager[SagaScope]):
         )
         sequence.entries.append(inner)
         around._in_use = "nested"
-        self._scope = SagaScope(inner)
+        self._scope = SagaScope(inner, sets_place=around._sets_place)
         return self._scope
 
     async def __aexit__(
@@ -617,7 +613,7 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
     async def __aenter__(self) -> SagaScope:
         if self._scope is not None:
             raise ScopeClosed(f"saga {self._root.run.saga!r}: a block of open_saga is entered once")
-        self._scope = SagaScope(self._root)
+        self._scope = SagaScope(self._root, sets_place=True)
         return self._scope
 
     async def __aexit__(

@@ -25,6 +25,8 @@ from typing import Any
 __all__ = [
     "call_problem",
     "compensation_problem",
+    "fits",
+    "has_coroutine_code",
     "is_async",
     "is_coroutine_function",
     "name_of",
@@ -48,6 +50,26 @@ def is_async(function: Function) -> bool:
     while isinstance(function, partial):
         function = function.func
     return is_coroutine_function(function) or is_coroutine_function(unwrap(function))
+
+
+def fits(action: Function, compensation: Function | None, undo: Function | None, count: int) -> bool:
+    """Tells whether a step's functions can take what they will get.
+
+    Asked at each call of a step that is written inline, so the ordinary case is read off here: plain
+    functions with just as many parameters as there are arguments.
+    """
+    return (
+        (_takes_just(action, count) or takes(action, count))
+        and (compensation is None or _takes_just(compensation, count) or takes(compensation, count))
+        and (undo is None or _takes_just(undo, 1) or takes(undo, 1))
+    )
+
+
+def _takes_just(function: Function, count: int) -> bool:
+    if function.__class__ is not FunctionType:
+        return False
+    code = function.__code__
+    return code.co_argcount == count and not code.co_kwonlyargcount
 
 
 def has_coroutine_code(function: Function) -> bool:
