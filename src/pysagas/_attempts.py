@@ -12,9 +12,10 @@ from inspect import isawaitable
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from anyio import move_on_after, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from ._errors import SagaDefinitionError
 from ._outcome import StepState
 from ._shelter import call_sheltered
 from ._signatures import is_async, name_of
@@ -66,6 +67,11 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
     if not step.known_async and not step.blocking:
         await checkpoint_if_cancelled()
     before = record.state
+    if before is UNKNOWN and record.error is None:
+        raise SagaDefinitionError(
+            f"step {step.name!r}: an attempt was begun while another one runs; a retrier that makes "
+            "them at the same time (hedging) cannot be told which of them took effect"
+        )
     record.state = UNKNOWN
     record.error = None
     limit = None
@@ -114,8 +120,9 @@ def compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[An
             return await attempt(record, step)
 
         result = await retry(again)
-        if record.state is not COMPLETED:
-            # The retrier gave a value of its own (a fallback): that is the step's result then.
+        if record.state is NOT_STARTED:
+            # It answered in the action's place, as a middleware may. Where an attempt was made and
+            # failed, the step stays what that made of it, whatever the caller is given.
             record.result = result
             record.state = COMPLETED
         return result
@@ -124,8 +131,19 @@ def compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[An
         return tried
 
     async def to_its_end(record: Attempted) -> Any:
+        threads = to_thread.current_default_thread_limiter()
         await checkpoint_if_cancelled()
-        return await call_sheltered(partial(tried, record))
+        if step.blocking:
+            # Waited for here, where a cancellation still finds nothing begun.
+            await threads.acquire_on_behalf_of(record)
+        try:
+            return await call_sheltered(partial(tried, record))
+        finally:
+            if step.blocking:
+                threads.release_on_behalf_of(record)
+            # A scope that was cancelled meanwhile is noticed now, as a native cancellation is: the
+            # step has ended, and is taken back with its result known.
+            await checkpoint_if_cancelled()
 
     return to_its_end
 
@@ -168,7 +186,13 @@ async def _in_thread(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> object:
-    result = await to_thread.run_sync(partial(function, *args, **kwargs))
+    def call() -> list[object]:
+        # Boxed: Trio refuses an awaitable from a thread with a message that names neither step nor
+        # function.
+        return [function(*args, **kwargs)]
+
+    # A limiter of its own: who calls this waits for a free thread before, or, going back, must not.
+    (result,) = await to_thread.run_sync(call, limiter=CapacityLimiter(1))
     if isawaitable(result):
         if isinstance(result, CoroutineType):
             result.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from inspect import isawaitable
-from math import isnan
+from math import inf
 from types import CoroutineType
 from typing import Literal, cast
 
 from ._errors import SagaDefinitionError
-from ._signatures import is_async, takes
+from ._signatures import is_async, is_generator, name_of, takes
 
 __all__ = [
     "Exceptions",
@@ -39,6 +39,11 @@ def check_callable(place: str, what: str, value: object) -> None:
         raise SagaDefinitionError(
             f"{place}: the {what} must be a function, or another callable, not {given}"
         )
+    if is_generator(value):
+        raise SagaDefinitionError(
+            f"{place}: the {what} {name_of(value)!r} is a generator function, and calling it runs "
+            "nothing; write it without `yield`"
+        )
 
 
 def check_name(place: str, name: object) -> None:
@@ -59,7 +64,7 @@ def check_seconds(place: str, what: str, value: object) -> None:
     """Refuses what is no time in seconds."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= inf:
         raise SagaDefinitionError(
             f"{place}: {what} must be seconds, zero or more, or None for no limit, not {value!r}"
         )

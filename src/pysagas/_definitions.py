@@ -121,6 +121,10 @@ class Bound(Generic[T_co]):
         """Refuses, as definitions do."""
         raise AttributeError(f"{self!r} is immutable: {name!r} cannot be set; bind again")
 
+    def __delattr__(self, name: str) -> NoReturn:
+        """Refuses, as definitions do."""
+        raise AttributeError(f"{self!r} is immutable")
+
     def __repr__(self) -> str:
         return f"{self.definition!r}.bind{shown_call(self.args, self.kwargs)}"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Literal, Protocol
 
-from ._errors import MiddlewareError
+from ._errors import MiddlewareError, SagaDefinitionError
 
 __all__ = ["CallNext", "Effect", "EffectKind", "Middleware", "current_effect", "observer"]
 
@@ -169,29 +169,37 @@ def observer(middleware: Middleware) -> Middleware:
     Args:
         middleware: Called with the effect and ``call_next``, as any middleware. It may swallow or
             replace what ``call_next`` raises: the caller sees the true result nevertheless.
+
+    Raises:
+        SagaDefinitionError: It is not callable.
     """
+    if not callable(middleware):
+        raise SagaDefinitionError(
+            f"observer: it takes an async callable of (effect, call_next), not {middleware!r}"
+        )
 
     @wraps(middleware)
     async def observe(effect: Effect, call_next: CallNext, /) -> object:
-        seen: list[object] = []
+        called = False
+        seen: object = None
         raised: list[BaseException] = []
 
         async def watched() -> object:
-            # The last call counts, as it does without an observer.
-            seen.clear()
-            raised.clear()
+            nonlocal called, seen
+            if called:
+                raise MiddlewareError("an observer awaits call_next once: it only watches")
+            called = True
             try:
-                result = await call_next()
+                seen = await call_next()
             except BaseException as error:
                 raised.append(error)
                 raise
-            seen.append(result)
-            return result
+            return seen
 
         try:
             await middleware(effect, watched)
         except Exception as error:
-            if not any(error is known for known in raised):
+            if not raised or error is not raised[0]:
                 _logger.warning(
                     "observer %r failed on effect %s %r at %s; the saga is not affected",
                     middleware,
@@ -200,13 +208,13 @@ def observer(middleware: Middleware) -> Middleware:
                     effect.path,
                     exc_info=error,
                 )
+        if not called:
+            return await call_next()
         if raised:
             try:
                 raise raised[0]
             finally:
-                raised.clear()
-        if not seen:
-            return await call_next()
-        return seen[0]
+                raised.clear()  # its traceback holds this frame
+        return seen
 
     return observe

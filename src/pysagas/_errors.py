@@ -97,8 +97,7 @@ def _message_lines(
     reason = "" if error is None else f" after {describe(error)}"
     yield f"saga {saga!r} could not be taken back whole{reason}:"
     for failure in failures[:_LISTED_FAILURES]:
-        notes: list[str] = getattr(failure, "__notes__", [])
-        place = next((note for note in reversed(notes) if note.startswith("compensation of")), "")
+        place = next((note for note in notes_of(failure) if note.startswith("compensation of")), "")
         yield f"  {place + ': ' if place else ''}{describe(failure)}"
     if len(failures) > _LISTED_FAILURES:
         yield f"  ... and {len(failures) - _LISTED_FAILURES} more (see .failures)"
@@ -106,7 +105,10 @@ def _message_lines(
 
 def describe(error: BaseException) -> str:
     """Gives an exception as its type and the first line of its message."""
-    text = str(error).partition("\n")[0]
+    try:
+        text = str(error).partition("\n")[0]
+    except Exception:  # a broken __str__ must not cost the rollback
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -116,12 +118,38 @@ def add_note(error: BaseException, note: str) -> None:
     One exception object may be raised by many runs (a module-level constant): the same note is not
     added twice, and an exception that refuses new attributes goes without.
     """
-    if note in getattr(error, "__notes__", ()):
-        return
     try:
-        error.add_note(note)
-    except Exception:  # noqa: S110 - a frozen exception class must not cost the rollback
+        if note not in notes_of(error):
+            error.add_note(note)
+    except Exception:  # noqa: S110 - a frozen exception class, say, must not cost the rollback
         pass
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Gives the PEP 678 notes of an exception, as far as it lets itself be asked."""
+    try:
+        return list(map(str, error.__notes__))
+    except Exception:  # no notes, or a class with attributes of its own mind
+        return []
+
+
+def without_cancellation(error: BaseException, cancelled: type[BaseException]) -> BaseException | None:
+    """Gives what is left of an exception when its cancellations are taken out; None for nothing.
+
+    A task group, or a Trio nursery, within a cancelled task may raise a group that holds both.
+    """
+    if isinstance(error, cancelled):
+        return None
+    if isinstance(error, BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", error).split(cancelled)[1]
+    return error
+
+
+def orders_to_quit(error: BaseException | None) -> bool:
+    """Tells whether it is, or holds, a KeyboardInterrupt or a SystemExit."""
+    return error is not None and any(
+        isinstance(leaf, KeyboardInterrupt | SystemExit) for leaf in leaves(error)
+    )
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

@@ -19,9 +19,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Commit, Definition, Parallel, Step
 from ._effects import current_place, through
-from ._errors import (
-    leaves,
-)
+from ._errors import MiddlewareError, leaves, orders_to_quit, without_cancellation
 from ._log import (
     CommitMark,
     Entry,
@@ -170,9 +168,14 @@ async def carry_out_commit(sequence: Sequence) -> None:
 
     if not sequence.middleware:
         await commit()
-    else:
-        effect = sequence.effect("commit", CommitMark.name, (*sequence.path, index))
-        await through(sequence.middleware, effect, commit)
+        return
+    effect = sequence.effect("commit", CommitMark.name, (*sequence.path, index))
+    await through(sequence.middleware, effect, commit)
+    if sequence.committed <= index:
+        raise MiddlewareError(
+            f"the commit of saga {sequence.saga_name!r} at {effect.path} did not happen: a middleware "
+            "returned without call_next"
+        )
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -237,10 +240,11 @@ async def _carry_out_members(
         except BaseException as error:
             # In the same instant, so that no further member starts.
             stopped = True
-            if isinstance(error, cancelled_class):
+            failure = without_cancellation(error, cancelled_class)
+            if failure is None:
                 cancelled.append(error)
             else:
-                failures.append((index, error))
+                failures.append((index, failure))
             if definition.on_failure == "cancel" or not isinstance(error, Exception):
                 tasks.cancel_scope.cancel()
 
@@ -301,7 +305,7 @@ def _group_error(
             errors,
         )
     quitting = weightiest(*errors, outside)
-    if isinstance(quitting, KeyboardInterrupt | SystemExit):
+    if quitting is not None and orders_to_quit(quitting):
         if len(errors) > 1 or quitting is outside:
             quitting.__context__ = together
         return quitting

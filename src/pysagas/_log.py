@@ -15,12 +15,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from uuid import uuid4
 
-from anyio import CancelScope, get_cancelled_exc_class
+from anyio import CancelScope, current_time, get_cancelled_exc_class
 
 from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN
 from ._definitions import Commit, Definition, Item, Parallel
 from ._effects import Effect, EffectKind, Middleware
-from ._errors import CompensationFailed, add_note
+from ._errors import CompensationFailed, add_note, without_cancellation
 from ._outcome import Outcome, StepReport, StepState
 from ._signatures import name_of
 
@@ -193,6 +193,7 @@ class Sequence:
         "ends_at",
         "entries",
         "halted",
+        "in_flight",
         "middleware",
         "name",
         "parent",
@@ -221,6 +222,9 @@ class Sequence:
         self.entries: list[Entry] = []
         # Entries before this index were committed: they are not taken back.
         self.committed = 0
+        # Whether another task still carries out the last entry, though this has ended: then that
+        # task's call takes it back.
+        self.in_flight = False
         # The index of the entry that is being taken back; None while going forward.
         self.position: int | None = None
         # Set once a compensation has failed and `stop_on_failure` is asked for.
@@ -257,31 +261,35 @@ class Sequence:
         """Tells whether unwinding has to stop here: a failure, or a time limit, of a saga around."""
         level: Sequence | None = self
         while level is not None:
-            if level.halted or (level.ends_at is not None and level.ends_at.cancel_called):
+            if level.halted or level.is_out_of_time():
                 return True
             level = level.parent
         return False
 
-    def _out_of_time(self) -> bool:
-        level: Sequence | None = self
-        while level is not None:
-            if level.ends_at is not None and level.ends_at.cancel_called:
-                return True
-            level = level.parent
-        return False
+    def is_out_of_time(self) -> bool:
+        """Tells whether the time limit of the rollback under way has passed.
+
+        The clock is asked too: while sync compensations follow each other, asyncio does not come to
+        cancel the scope.
+        """
+        scope = self.ends_at
+        return scope is not None and (scope.cancel_called or current_time() >= scope.deadline)
 
     def failed(self, record: Record, path: tuple[int, ...], error: BaseException) -> None:
         """Notes that a compensation failed."""
-        if self._out_of_time() and isinstance(error, get_cancelled_exc_class()):
-            timeout = TimeoutError(f"cut off by rollback_timeout={self.rollback_timeout} s")
-            timeout.__cause__ = error
-            error = timeout
-        add_note(error, f"compensation of step {record.name!r} at {path} in saga {self.saga_name!r}")
-        self.run.failed_at(path, error, record)
         level: Sequence | None = self
         while level is not None:
+            if (
+                level.is_out_of_time()
+                and without_cancellation(error, get_cancelled_exc_class()) is None
+            ):
+                late = TimeoutError(f"cut off by rollback_timeout={level.rollback_timeout} s")
+                late.__cause__ = error
+                error = late
             level.halted = level.halted or level.stop_on_failure
             level = level.parent
+        self.run.failed_at(path, error, record)
+        add_note(error, f"compensation of step {record.name!r} at {path} in saga {self.saga_name!r}")
 
     def effect(self, kind: EffectKind, name: str, path: tuple[int, ...]) -> Effect:
         return Effect(kind, self.saga_name, self.run.run_id, name, path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
-from ._errors import SagaError
+from ._errors import SagaError, leaves
 
 __all__ = ["Outcome", "SagaState", "StepReport", "StepState", "outcome_of"]
 
@@ -191,14 +191,22 @@ def _set(target: object, name: str, value: object) -> None:
 
 def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:
     """Lets `outcome_of` find the outcome from the exception that is about to be raised."""
-    # Not setattr: an exception class may be a frozen dataclass.
-    BaseException.__setattr__(error, _ATTRIBUTE, outcome)
+    # To the leaves too: `except*` makes a new group of them, and keeps no attributes of this one.
+    for one in (error, *leaves(error)):
+        # Not setattr: an exception class may be a frozen dataclass.
+        BaseException.__setattr__(one, _ATTRIBUTE, outcome)
 
 
 def outcome_of(error: BaseException) -> Outcome[object] | None:
     """Gives the outcome of the saga that raised `error`, the outermost one that did.
 
+    A group that ``except*`` made of a saga's failure is known by what it holds.
+
     Returns:
         The outcome; None where no saga raised it.
     """
-    return getattr(error, _ATTRIBUTE, None)
+    for one in (error, *leaves(error)):
+        outcome: Outcome[object] | None = one.__dict__.get(_ATTRIBUTE)
+        if outcome is not None:
+            return outcome
+    return None

@@ -26,8 +26,8 @@ from typing import Any
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 
 from ._attempts import settle
-from ._effects import current_place, through
-from ._errors import MiddlewareError
+from ._effects import Effect, current_place, through
+from ._errors import MiddlewareError, orders_to_quit
 from ._log import (
     COMPENSATED,
     COMPENSATION_FAILED,
@@ -72,19 +72,19 @@ async def roll_back(
         ended = True
 
     async def once() -> None:
-        nonlocal asked, ended
-        if asked:
-            await unwound()
-        else:
+        nonlocal asked
+        if not asked:
             asked = True
             effect = sequence.effect("rollback", name, path)
             await through(sequence.middleware, effect, unwound)
             if not ended:
-                ended = True
-                run.failed_at(path, _not_run(name, path))
+                run.failed_at(path, _not_run(effect))
+        if not ended:
+            await unwound()
 
     async def work() -> None:
         nonlocal deadline, ended
+        direct = asked
         current_place.set(sequence)
         try:
             if sequence.rollback_timeout is None:
@@ -98,21 +98,23 @@ async def roll_back(
         except GeneratorExit:
             raise
         except BaseException as error:
+            # A middleware's, since compensations keep theirs to themselves. It is reported with the
+            # others; and whatever it is, the compensations still have to run.
             if not isinstance(error, get_cancelled_exc_class()):
                 run.failed_at(path, error)
-                ended = ended or isinstance(error, Exception)
-            # Where a cancellation cut the middleware off, the compensations still have to run.
+                ended = ended or direct
 
     late: BaseException | None = None
     while not ended:
-        # More than once only where the child was cancelled before its first line.
+        # More than once where the child was cancelled before its first line, or a middleware failed.
         late = weightiest(late, await shelter(work))
     return late
 
 
-def _not_run(name: str, path: tuple[int, ...]) -> BaseException:
+def _not_run(effect: Effect) -> BaseException:
     return MiddlewareError(
-        f"the rollback of {name!r} at {path} did not run: a middleware returned without call_next"
+        f"a middleware around the rollback of {effect.name!r} at {effect.path} returned without "
+        "call_next; the rollback was run without it"
     )
 
 
@@ -129,7 +131,7 @@ async def _limited(
         sequence.ends_at = None
         first = max(start, sequence.committed)
         left = [name for entry in sequence.entries[first:] for name in pending_names(entry)]
-        if scope.cancel_called and left:
+        if left and current_time() >= deadline:
             sequence.run.failed_at(sequence.path, _out_of_time(sequence, left))
 
 
@@ -146,8 +148,9 @@ async def _unwind(sequence: Sequence, start: int) -> None:
     plain = not sequence.middleware
     watch = sequence.may_end_early()
     first = max(start, sequence.committed)
+    last = len(entries) - 1 - sequence.in_flight
     try:
-        for index in range(len(entries) - 1, first - 1, -1):
+        for index in range(last, first - 1, -1):
             entry = entries[index]
             if isinstance(entry, Record):
                 way = entry.way_back()
@@ -212,8 +215,9 @@ async def _unwind_group(group: Group) -> None:
     limited = limit is not None and limit < len(waiting)
     while waiting and not owner.begins_no_more():
         tasks = min(len(waiting), limit or len(waiting))
-        late = await shelter(work, tasks=tasks, interrupted=owner.begins_no_more)
-        if isinstance(late, KeyboardInterrupt | SystemExit):
+        late = await shelter(work, tasks=tasks, reachable=True)
+        if orders_to_quit(late):
+            assert late is not None
             owner.run.failed_at(group.path, late)
 
 

@@ -7,13 +7,7 @@ from typing import Any, TypeVar
 
 from ._attempts import UNKNOWN
 from ._effects import current_place, reset_place, through
-from ._errors import (
-    AlreadyCommitted,
-    CompensationFailed,
-    ScopeBusy,
-    add_note,
-    leaves,
-)
+from ._errors import AlreadyCommitted, CompensationFailed, ScopeBusy, add_note, leaves, orders_to_quit
 from ._log import (
     COMPENSATED,
     Record,
@@ -60,15 +54,19 @@ def verdict(
             failed = error
         else:
             # A failure reported before, which now stands for what started all this.
-            again = run.reported if error is run.reported else None
-            started = error if again is None else again.error
+            # (An order to quit carries it as its cause.)
+            again = run.reported
+            if again is None or error is None or again not in (error, error.__cause__):
+                started = error
+            else:
+                started = again.error
             now = Outcome(run, SagaState.FAILED, None, started)
             _ = now.steps
             failed = CompensationFailed(run.saga, started, failures, now)
         run.reported = failed
     quitting = weightiest(error, *failures, late)
     chosen: BaseException | None
-    if isinstance(quitting, KeyboardInterrupt | SystemExit):
+    if quitting is not None and orders_to_quit(quitting):
         chosen = quitting
         if failed is not None:
             quitting.__cause__ = failed
@@ -133,7 +131,7 @@ def is_expected(error: BaseException, expected: tuple[type[Exception], ...]) -> 
 
 def _what_happened(root: Sequence, error: BaseException) -> str:
     """Writes the note that a failed run adds to its exception."""
-    causes = list(leaves(error))
+    causes = set(map(id, leaves(error)))
     failed: list[Record] = []
     taken_back: list[Record] = []
     in_doubt: list[Record] = []
@@ -144,7 +142,7 @@ def _what_happened(root: Sequence, error: BaseException) -> str:
                 taken_back.append(record)
             elif state is UNKNOWN:
                 in_doubt.append(record)
-            if record.error is not None and any(record.error is cause for cause in causes):
+            if record.error is not None and id(record.error) in causes:
                 failed.append(record)
     where = f" in step {_listed(failed)}" if failed else ""
     return (
@@ -252,8 +250,11 @@ class _WholeRollback:
             raise ScopeBusy(f"saga {run.saga!r} is being taken back by another task")
         self._running = True
         late = None
-        if must_take_back(root) or root.middleware:
-            late = await roll_back(root, 0, root.name, root.path)
+        try:
+            if must_take_back(root) or root.middleware:
+                late = await roll_back(root, 0, root.name, root.path)
+        finally:
+            self._running = False
         chosen = verdict(run, root.path, None, late)
         state = SagaState.FAILED if run.failures else SagaState.COMPENSATED
         self._later = Outcome(run, state, None, chosen if run.failures else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from inspect import CO_VARARGS
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from ._attempts import Retry
@@ -17,7 +16,7 @@ from ._log import Run, SagaDefinition, Sequence
 from ._outcome import Outcome
 from ._run import run_plain, run_through
 from ._scope import SagaScope, call_function
-from ._signatures import call_problem, is_async, name_of
+from ._signatures import call_problem, is_async, name_of, takes_positional
 
 __all__ = ["Saga", "SagaBuilder", "SagaMethod", "saga"]
 
@@ -136,7 +135,7 @@ class Saga(SagaDefinition[P, T_co]):
         """
         del executor
         expected = self.exceptions
-        if exceptions:
+        if exceptions != ():
             expected += exception_types(f"{self!r}.run: exceptions", exceptions)
         self.check_call(args, kwargs, f"{self!r}.run")
         return await self._run(args, kwargs, expected)
@@ -214,6 +213,10 @@ class SagaMethod(Generic[S, P, T_co]):
         """For the library's own use; write ``@saga``."""
         self._function = function
         self._options = options
+
+    def __call__(self, instance: S, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T_co]:
+        """Calls the saga of an instance, as ``Class.method(instance, ...)`` does."""
+        return self.__get__(instance)(*args, **kwargs)
 
     @overload
     def __get__(self, instance: None, owner: type) -> SagaMethod[S, P, T_co]: ...
@@ -312,8 +315,7 @@ def _decorate(function: Any, options: dict[str, Any]) -> Saga[..., Any] | SagaMe
         )
     if _is_method(function):
         return SagaMethod(function, options)
-    code = getattr(function, "__code__", None)
-    if code is not None and not code.co_argcount and not code.co_flags & CO_VARARGS:
+    if not takes_positional(function):
         raise SagaDefinitionError(
             f"{place}: its first argument is the scope on which it calls its steps, and it takes "
             f"none; write `async def {name_of(function)}(scope, ...)`"
@@ -326,12 +328,13 @@ def _is_async_function(function: object) -> bool:
 
 
 def _is_method(function: Any) -> bool:
-    """Tells whether a function stands in a class body and takes an instance first."""
+    """Tells whether a function stands in a class body and takes an instance before the scope."""
     around = getattr(function, "__qualname__", "").rpartition(".")[0]
-    if not around or around.endswith("<locals>"):
-        return False
     code = getattr(function, "__code__", None)
-    return code is not None and code.co_varnames[:1] in (("self",), ("cls",))
+    if not around or around.endswith("<locals>") or code is None:
+        return False
+    first = code.co_varnames[:1]
+    return first != ("scope",) and "SagaScope" not in str(function.__annotations__.get(*first, ""))
 
 
 class SagaBuilder:

@@ -6,11 +6,10 @@ back, since its caller may catch the exception and go another way.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from inspect import CO_ASYNC_GENERATOR, isawaitable
-from types import CoroutineType, FrameType, FunctionType, TracebackType
+from types import CoroutineType, FunctionType, TracebackType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -480,6 +479,7 @@ class SagaScope:
         entry = sequence.entries[index]
         path = (*sequence.path, index)
         late = None
+        sequence.in_flight = False
         if must_take_back(entry):
             late = await roll_back(sequence, index, entry.name, path)
         chosen = verdict(sequence.run, path, error, late)
@@ -498,6 +498,7 @@ class SagaScope:
         """Closes the scope; says what is wrong with that."""
         wrong: BaseException | None = None
         if self._in_use is not None:
+            self._sequence.in_flight = True
             wrong = ScopeBusy(
                 f"the scope of saga {self._sequence.saga_name!r} ended while its {self._in_use} was "
                 "under way in another task; wait for that task within the scope's block"
@@ -626,12 +627,14 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
         assert scope is not None
         wrong = scope._end("its block has ended")
         cause = error or wrong
-        if isinstance(cause, GeneratorExit) and _in_async_generator():
+        expected = self._expected if cause is error else ()
+        if isinstance(error, GeneratorExit) and _thrown_at_yield(error):
             # `aclose` of an async generator, where awaiting works: so this is an end like another.
             cause = ScopeClosed("the async generator around the saga was closed")
             cause.__context__ = error
+            expected = ()
         try:
-            scope.outcome = await conclude(self._root, None, cause, self._expected)
+            scope.outcome = await conclude(self._root, None, cause, expected)
         except BaseException as raised:
             scope.outcome = self._root.run.ended
             if raised is cause and cause is not wrong and isinstance(cause, ScopeClosed):
@@ -642,16 +645,14 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
         return error is not None
 
 
-def _in_async_generator() -> bool:
-    """Tells whether an async generator's frame is what runs the block that ends here.
+def _thrown_at_yield(error: GeneratorExit) -> bool:
+    """Tells whether it was thrown into an async generator that was suspended at a ``yield``.
 
-    GeneratorExit reaches a block in two ways. In a coroutine that is closed or collected nothing
-    can be awaited any more. In an async generator that is closed by ``aclose`` awaiting works, and
-    event loops close the collected ones so.
+    GeneratorExit reaches a block in two ways. In a coroutine that is closed or collected nothing can
+    be awaited any more. In an async generator that is closed by ``aclose`` awaiting works, and event
+    loops close the collected ones so. The frame in which it appeared tells the two apart.
     """
-    frame: FrameType | None = sys._getframe(2)
-    while (
-        frame is not None and frame.f_code.co_filename == AsyncExitStack.__aexit__.__code__.co_filename
-    ):
-        frame = frame.f_back
-    return frame is not None and bool(frame.f_code.co_flags & CO_ASYNC_GENERATOR)
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and bool(traceback.tb_frame.f_code.co_flags & CO_ASYNC_GENERATOR)

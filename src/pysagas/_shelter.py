@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from anyio import Event, create_task_group, get_cancelled_exc_class
+from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class
+from anyio.lowlevel import cancel_shielded_checkpoint
 
-from ._errors import leaves
+from ._errors import leaves, orders_to_quit
 
 __all__ = ["call_sheltered", "shelter", "weightiest"]
 
@@ -34,7 +35,7 @@ def weightiest(*errors: BaseException | None) -> BaseException | None:
     """
     chosen = None
     for error in errors:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if orders_to_quit(error):
             return error
         if error is not None:
             chosen = error
@@ -42,18 +43,15 @@ def weightiest(*errors: BaseException | None) -> BaseException | None:
 
 
 async def shelter(
-    work: Callable[[], Awaitable[object]],
-    *,
-    tasks: int = 1,
-    interrupted: Callable[[], bool] | None = None,
+    work: Callable[[], Awaitable[object]], *, tasks: int = 1, reachable: bool = False
 ) -> BaseException | None:
     """Runs `work` in child tasks that no cancellation of the calling task reaches.
 
     Args:
         work: Called once in each child. It must not raise: it stores what it has to say.
         tasks: How many children.
-        interrupted: Given within an outer shelter, where the children stay reachable for the scopes
-            between the two: tells whether one of those has been cancelled.
+        reachable: Whether scopes around this may cancel the children: within an outer shelter, those
+            are the time limits of the work itself. The wait is shielded from them, too.
 
     Returns:
         The interruption that arrived meanwhile (a cancellation, KeyboardInterrupt), for the caller
@@ -61,11 +59,12 @@ async def shelter(
         ended; some may never have begun.
     """
     late: BaseException | None = None
-    running = tasks
+    waiting, running = tasks, tasks
     all_ended = Event()
 
     async def child() -> None:
-        nonlocal running
+        nonlocal running, waiting
+        waiting -= 1
         try:
             await work()
         finally:
@@ -75,25 +74,35 @@ async def shelter(
 
     try:
         async with create_task_group() as group:
-            group.cancel_scope.shield = interrupted is None
+            group.cancel_scope.shield = not reachable
+
+            async def wait_while(left: Callable[[], int], wait: Callable[[], Awaitable[None]]) -> None:
+                nonlocal late
+                while left():
+                    try:
+                        await wait()
+                    except BaseException as error:
+                        if isinstance(error, GeneratorExit) or group.cancel_scope.cancel_called:
+                            raise
+                        late = weightiest(late, error)
+
             for _ in range(tasks):
                 group.start_soon(child)
-            while running:
-                try:
-                    await all_ended.wait()
-                except BaseException as error:
-                    if (
-                        isinstance(error, GeneratorExit)
-                        or group.cancel_scope.cancel_called
-                        or (interrupted is not None and interrupted())
-                    ):
-                        raise
-                    late = weightiest(late, error)
+            if not reachable:
+                await wait_while(lambda: running, all_ended.wait)
+            else:
+                # A child that is gone before its first line cancels the group's scope, which a
+                # shielded wait would never notice: so all must have begun before.
+                await wait_while(
+                    lambda: 0 if group.cancel_scope.cancel_called else waiting,
+                    cancel_shielded_checkpoint,
+                )
+                if not group.cancel_scope.cancel_called:
+                    with CancelScope(shield=True):
+                        await wait_while(lambda: running, all_ended.wait)
     except GeneratorExit:
         raise
     except BaseException as error:
-        if interrupted is not None and interrupted():
-            return late  # the scope's own cancellation: it knows already
         late = weightiest(late, *leaves(error))
     return late
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import (
+    CO_ASYNC_GENERATOR,
     CO_COROUTINE,
+    CO_GENERATOR,
     CO_VARARGS,
     Parameter,
     Signature,
+    isasyncgenfunction,
     iscoroutinefunction,
+    isgeneratorfunction,
     signature,
-    unwrap,
 )
 from types import FunctionType, MethodType
 from typing import Any
@@ -29,27 +32,43 @@ __all__ = [
     "has_coroutine_code",
     "is_async",
     "is_coroutine_function",
+    "is_generator",
     "name_of",
     "takes",
+    "takes_positional",
 ]
 
 Function = Callable[..., object]
+
+_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
 def is_coroutine_function(function: Function) -> bool:
     """Tells whether calling it certainly gives a coroutine."""
     if iscoroutinefunction(function):  # sees through functools.partial and methods
         return True
+    # Of the type: a proxy object would make a remote call of a look at its attributes.
     return not isinstance(function, FunctionType | MethodType | type) and iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - the method itself is wanted
+        getattr(type(function), "__call__", None)  # noqa: B004 - the method itself is wanted
     )
 
 
 def is_async(function: Function) -> bool:
     """Tells whether it is async as far as its author says, seen through ``functools.wraps``."""
-    while isinstance(function, partial):
-        function = function.func
-    return is_coroutine_function(function) or is_coroutine_function(unwrap(function))
+    seen: Any = function
+    while not is_coroutine_function(seen):
+        inner = (
+            seen.func if isinstance(seen, partial) else getattr(seen, "__dict__", {}).get("__wrapped__")
+        )
+        if inner is None:
+            return False
+        seen = inner
+    return True
+
+
+def is_generator(function: Function) -> bool:
+    """Tells whether calling it only makes a generator, of which nothing has run."""
+    return isgeneratorfunction(function) or isasyncgenfunction(function)
 
 
 def fits(action: Function, compensation: Function | None, undo: Function | None, count: int) -> bool:
@@ -59,17 +78,18 @@ def fits(action: Function, compensation: Function | None, undo: Function | None,
     functions with just as many parameters as there are arguments.
     """
     return (
-        (_takes_just(action, count) or takes(action, count))
-        and (compensation is None or _takes_just(compensation, count) or takes(compensation, count))
-        and (undo is None or _takes_just(undo, 1) or takes(undo, 1))
+        _fits(action, count)
+        and (compensation is None or _fits(compensation, count))
+        and (undo is None or _fits(undo, 1))
     )
 
 
-def _takes_just(function: Function, count: int) -> bool:
-    if function.__class__ is not FunctionType:
-        return False
-    code = function.__code__
-    return code.co_argcount == count and not code.co_kwonlyargcount
+def _fits(function: Function, count: int) -> bool:
+    if function.__class__ is FunctionType:
+        code = function.__code__
+        if code.co_argcount == count and not (code.co_kwonlyargcount or code.co_flags & _GENERATOR):
+            return True
+    return takes(function, count) and not is_generator(function)
 
 
 def has_coroutine_code(function: Function) -> bool:
@@ -93,7 +113,7 @@ def takes(function: Function, count: int) -> bool:
     if type(target) is MethodType:
         target = target.__func__
         wanted += 1
-    if type(target) is FunctionType:
+    if type(target) is FunctionType and "__wrapped__" not in target.__dict__:
         code = target.__code__
         if wanted > code.co_argcount:
             if not code.co_flags & CO_VARARGS:
@@ -107,8 +127,17 @@ def takes(function: Function, count: int) -> bool:
 def _signature(function: Function) -> Signature | None:
     try:
         return signature(function)
-    except (TypeError, ValueError):
+    except Exception:  # nobody knows it; or asking ran code of the object's own, which failed
         return None
+
+
+def takes_positional(function: Function) -> bool:
+    """Tells whether it can be given a positional argument at all."""
+    known = _signature(function)
+    return known is None or any(
+        parameter.kind not in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD)
+        for parameter in known.parameters.values()
+    )
 
 
 def call_problem(

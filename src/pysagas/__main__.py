@@ -1,0 +1,6 @@
+"""``python -m pysagas``: a saga against a real database, to watch, break and interrupt."""
+
+from ._demo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
