@@ -145,6 +145,19 @@ def without_cancellation(error: BaseException, cancelled: type[BaseException]) -
     return error
 
 
+def was_closed(error: BaseException) -> bool:
+    """Tells whether it comes from a coroutine that is being closed, where nothing can be awaited.
+
+    A task group around the await turns the GeneratorExit into an error of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GeneratorExit):
+            return True
+        cause = cause.__context__
+    return False
+
+
 def orders_to_quit(error: BaseException | None) -> bool:
     """Tells whether it is, or holds, a KeyboardInterrupt or a SystemExit."""
     return error is not None and any(

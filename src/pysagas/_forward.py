@@ -19,7 +19,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Commit, Definition, Parallel, Step
 from ._effects import current_place, through
-from ._errors import MiddlewareError, leaves, orders_to_quit, without_cancellation
+from ._errors import MiddlewareError, leaves, orders_to_quit, was_closed, without_cancellation
 from ._log import (
     CommitMark,
     Entry,
@@ -266,9 +266,9 @@ async def _carry_out_members(
         async with create_task_group() as tasks:
             for _ in range(min(count, limit)):
                 tasks.start_soon(take_many if limit < count else take_one)
-    except GeneratorExit:
-        raise
     except BaseException as error:
+        if was_closed(error):
+            raise GeneratorExit from error
         outside = weightiest(*leaves(error))
     if outside is None:
         if ended == count:

@@ -108,6 +108,8 @@ async def roll_back(
     while not ended:
         # More than once where the child was cancelled before its first line, or a middleware failed.
         late = weightiest(late, await shelter(work))
+        if isinstance(late, Exception):
+            raise late  # neither cancellation nor an order: there is no event loop to run in
     return late
 
 

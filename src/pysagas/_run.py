@@ -91,18 +91,15 @@ async def conclude(
         if error is None:
             return Outcome(run, SagaState.COMPLETED, value, None, _WholeRollback(root))
     if isinstance(error, GeneratorExit):
-        left = list(pending_names(root))
-        if left:
-            warnings.warn(
-                f"saga {run.saga!r} was closed in the middle, where it could not await anything; "
-                f"not taken back: {', '.join(left)}",
-                ResourceWarning,
-                stacklevel=2,
-            )
+        _warn_of_what_is_left(root)
         raise error
     late = None
     if must_take_back(root) or (root.middleware and root.entries):
-        late = await roll_back(root, 0, root.name, root.path)
+        try:
+            late = await roll_back(root, 0, root.name, root.path)
+        except BaseException:
+            _warn_of_what_is_left(root)
+            raise
     chosen = verdict(run, root.path, error, late)
     assert chosen is not None
     restored = not run.failures and not root.committed
@@ -122,6 +119,17 @@ async def conclude(
         raise chosen
     finally:
         del chosen, error, late
+
+
+def _warn_of_what_is_left(root: Sequence) -> None:
+    left = list(pending_names(root))
+    if left:
+        warnings.warn(
+            f"saga {root.run.saga!r} was closed in the middle, where it could not await anything; not "
+            f"taken back: {', '.join(left)}",
+            ResourceWarning,
+            stacklevel=3,
+        )
 
 
 def is_expected(error: BaseException, expected: tuple[type[Exception], ...]) -> bool:

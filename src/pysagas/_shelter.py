@@ -20,7 +20,7 @@ from typing import TypeVar
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class
 from anyio.lowlevel import cancel_shielded_checkpoint
 
-from ._errors import leaves, orders_to_quit
+from ._errors import leaves, orders_to_quit, was_closed
 
 __all__ = ["call_sheltered", "shelter", "weightiest"]
 
@@ -100,9 +100,9 @@ async def shelter(
                 if not group.cancel_scope.cancel_called:
                     with CancelScope(shield=True):
                         await wait_while(lambda: running, all_ended.wait)
-    except GeneratorExit:
-        raise
     except BaseException as error:
+        if was_closed(error):
+            raise GeneratorExit from error
         late = weightiest(late, *leaves(error))
     return late
 
