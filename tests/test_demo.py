@@ -1,0 +1,674 @@
+"""The demo: every option on both backends, every exit status, and Ctrl-C for real."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import runpy
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+import pysagas
+from pysagas import Saga, Step, StepState, _demo
+
+BEFORE_COMMIT = _demo.STEPS[:-1]
+GROUP = _demo.STEPS[2:5]
+RESTORED = "Restored: the tables, the files and the endpoint are what they were before."
+
+MEMORY = Path("/dev/shm")
+
+on_both = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+@pytest.fixture(autouse=True)
+def in_memory(monkeypatch):
+    """Puts temporary databases where a commit does not wait for a disk, if there is such a place."""
+    if MEMORY.is_dir():
+        monkeypatch.setattr("tempfile.tempdir", str(MEMORY))
+        monkeypatch.setenv("TMPDIR", str(MEMORY))
+
+
+@pytest.fixture
+def demo(capsys):
+    """Runs the demo in this process, faster than for an audience; gives status and output."""
+
+    def run(*arguments):
+        status = _demo.main(["--pace", "0.01", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return status, out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the demo with a command line that cannot work; gives what it says."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            _demo.main([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out) == (64, "")
+        return err
+
+    return run
+
+
+def names(out, word):
+    """The steps of the lines that say `word`, in their order."""
+    return re.findall(rf"^ *\d+\.\d\d s  {word}  +(\S+)", out, re.MULTILINE)
+
+
+def steps(out, word):
+    return [name for name in names(out, word) if name in _demo.STEPS]
+
+
+def columns(out, label):
+    """What stood in a row of the table, before and after."""
+    (row,) = re.findall(rf"^{label} .*$", out, re.MULTILINE)
+    return tuple(re.split(r"  +", row)[1:])
+
+
+# --- a run that completes -----------------------------------------------------------------------
+
+
+@on_both
+def test_default_run_places_the_order(demo, backend):
+    """A run with no fault starts and ends each step once, and shows what it changed."""
+    status, out = demo("--backend", backend)
+    assert status == 0
+    assert steps(out, "start") == list(_demo.STEPS)
+    assert sorted(steps(out, "done")) == sorted(_demo.STEPS)
+    assert names(out, "committed") == ["commit"]
+    assert "Completed: the order is placed." in out
+    assert columns(out, "stock") == ("lamp 5", "lamp 4")
+    assert columns(out, "accounts") == ("ada 100", "ada 60")
+    before, after = columns(out, "shipments")
+    order, state = after.split()
+    assert (before, state) == ("-", "confirmed")
+    assert columns(out, "warehouse") == ("-", order)
+    assert columns(out, "invoices") == ("-", f"{order}.txt: 1 lamp for ada, 40")
+
+
+def test_steps_are_those_of_the_saga():
+    """The names that the options offer are the names of the saga's steps, in their order."""
+    _, outcome = place({})
+    assert tuple(report.name for report in outcome.steps) == _demo.STEPS
+
+
+def test_module_runs_as_a_program(monkeypatch, capsys):
+    """``python -m pysagas`` hands its exit status on; importing the module runs nothing."""
+    monkeypatch.delitem(sys.modules, "pysagas.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pysagas", "--pace", "0.01", "--fail", "book-courier"])
+    importlib.import_module("pysagas.__main__")
+    assert capsys.readouterr().out == ""
+    monkeypatch.delitem(sys.modules, "pysagas.__main__")  # runpy warns of a module that is there
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("pysagas", run_name="__main__")
+    assert caught.value.code == 1
+
+
+def test_module_imports_only_the_core():
+    """The demo needs anyio and the standard library, and of pysagas the public names only."""
+    tree = ast.parse(Path(_demo.__file__).read_text(encoding="utf-8"))
+    imported = {"anyio"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            if node.module == "pysagas":
+                assert {alias.name for alias in node.names} <= set(pysagas.__all__)
+            else:
+                imported.add(node.module.partition(".")[0])
+    assert imported - {"anyio"} <= sys.stdlib_module_names
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+@on_both
+@pytest.mark.parametrize("step", BEFORE_COMMIT)
+def test_failed_step_is_taken_back(demo, backend, step):
+    """Each step before the commit may fail after its work: all that started is compensated."""
+    status, out = demo("--fail", step, "--backend", backend)
+    assert status == 1
+    assert steps(out, "failed") == [step]
+    assert sorted(steps(out, "compensated")) == sorted(steps(out, "start"))
+    assert f"{step} (ToldToFail: after its work was done)" in out
+    assert "Not completed (compensated): ToldToFail: after its work was done." in out
+    assert RESTORED in out
+    for row in ("stock", "accounts", "shipments", "applied", "invoices", "warehouse"):
+        before, after = columns(out, row)
+        assert before == after
+
+
+@on_both
+def test_failure_after_the_commit(demo, backend):
+    """A failed confirmation is taken back, what was committed stays, and that is said plainly."""
+    status, out = demo("--fail", "confirm", "--backend", backend)
+    assert status == 2
+    assert steps(out, "compensated") == ["confirm"]
+    assert "Not completed (failed): ToldToFail" in out
+    assert f"passed its commit, so this stays done: {', '.join(BEFORE_COMMIT)}." in out
+    assert "NOT RESTORED: stock, accounts, shipments, applied, invoices, warehouse differ" in out
+    assert columns(out, "shipments")[1].endswith(" booked")
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("step", "differ"),
+    [
+        ("reserve-stock", "stock, applied"),
+        ("charge-account", "accounts, applied"),
+        ("book-courier", "shipments"),
+        ("write-invoice", "invoices"),
+        ("notify-warehouse", "warehouse"),
+    ],
+)
+def test_failed_compensation_is_reported(demo, backend, step, differ):
+    """With one compensation that fails the others run, and exactly that step's work is left."""
+    status, out = demo("--fail-compensation", step, "--backend", backend)
+    assert status == 2
+    assert steps(out, "failed") == ["notify-warehouse"]
+    assert steps(out, "NOT compensated") == [step]
+    assert sorted(steps(out, "compensated")) == sorted(set(BEFORE_COMMIT) - {step})
+    assert (
+        f"The compensation of {step} did not end: ToldToFail: before anything was taken back."
+    ) in out
+    assert f"NOT RESTORED: {differ} differ from before." in out
+
+
+def test_failed_compensation_after_the_commit(demo):
+    """The compensation of ``confirm`` is reached by the failure of ``confirm``."""
+    status, out = demo("--fail-compensation", "confirm")
+    assert status == 2
+    assert steps(out, "failed") == steps(out, "NOT compensated") == ["confirm"]
+    assert columns(out, "shipments")[1].endswith(" confirmed")
+
+
+@pytest.mark.parametrize("how", [("--fail", "reserve-stock"), ("--cancel-after", "0")])
+def test_failed_compensation_that_is_never_reached(demo, how):
+    """Where something else is asked to end the saga, no further failure is added."""
+    status, out = demo("--fail-compensation", "charge-account", *how)
+    assert status == 1
+    assert steps(out, "start") == steps(out, "compensated") == ["reserve-stock"]
+
+
+def test_restored_though_a_compensation_failed(capsys):
+    """Where the saga cannot tell, the status is 2 even if nothing differs."""
+
+    async def act():
+        raise ValueError("no")
+
+    async def compensate():
+        raise ValueError("done, and failed")
+
+    outcomes = []
+
+    async def run():
+        with pytest.raises(pysagas.CompensationFailed) as caught:
+            await Saga([Step(act, compensate)]).run()
+        outcomes.append(caught.value.outcome)
+
+    anyio.run(run)
+    assert _demo.conclude(outcomes[0], {"stock": []}, {"stock": []}) == 2
+    out = capsys.readouterr().out
+    assert RESTORED in out
+    assert "But the saga could not know" in out
+
+
+# --- cancellation -------------------------------------------------------------------------------
+
+
+@on_both
+@pytest.mark.parametrize("after", [0, 0.02, 0.05, 0.08, 0.11])
+def test_cancelled_after_some_time(capsys, backend, after):
+    """Whenever the saga is cancelled before its commit, everything is what it was."""
+    status = _demo.main(["--pace", "0.03", "--cancel-after", str(after), "--backend", backend])
+    out = capsys.readouterr().out
+    if names(out, "committed"):  # a slow machine came that far
+        assert status in {0, 2}
+    else:
+        assert status == 1
+        assert "Not completed (compensated): cut off." in out
+        assert RESTORED in out
+
+
+@on_both
+@pytest.mark.parametrize("pause", range(1, 13))
+def test_cancelled_at_each_pause(demo, monkeypatch, backend, pause):
+    """Cancelled before or after the work of any step, the saga takes back what it must."""
+    scopes = []
+    pauses = iter(range(1, 1000))
+
+    def move_on_after(_):
+        scopes.append(anyio.CancelScope())
+        return scopes[0]
+
+    async def sleep(_):
+        if next(pauses) == pause:
+            scopes[0].cancel()
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    monkeypatch.setattr(anyio, "move_on_after", move_on_after)
+    status, out = demo("--backend", backend)
+    if pause <= 10:
+        assert status == 1
+        assert sorted(steps(out, "compensated")) == sorted(steps(out, "start"))
+        assert RESTORED in out
+    else:
+        assert status == 2
+        assert steps(out, "cut off") == steps(out, "compensated") == ["confirm"]
+        assert "passed its commit" in out
+
+
+def test_cancelled_too_late(demo):
+    """A cancellation that comes after the end changes nothing."""
+    status, _ = demo("--cancel-after", "60")
+    assert status == 0
+
+
+@on_both
+def test_cancelled_request_cannot_overtake(monkeypatch, tmp_path, backend):
+    """A request that is cancelled on its way is handled before the one that takes it back."""
+    go_on = Event()
+    handle = _demo.WarehouseRequest.do_POST
+
+    def do_POST(self):
+        go_on.wait(10)
+        handle(self)
+
+    monkeypatch.setattr(_demo.WarehouseRequest, "do_POST", do_POST)
+
+    async def cancelled_and_taken_back():
+        with anyio.move_on_after(0.05) as scope:
+            await _demo.request(shop, "POST", "/orders/1")
+        assert scope.cancelled_caught
+        go_on.set()
+        await _demo.request(shop, "DELETE", "/orders/1")
+
+    with _demo.open_shop(tmp_path / "shop.db") as (database, invoices, port):
+        shop = _demo.Shop(database, invoices, port, 0, None, None)
+        anyio.run(cancelled_and_taken_back, backend=backend)
+        assert _demo.look(shop)["warehouse"] == []
+
+
+# --- actions that run twice, endpoints that fail ------------------------------------------------
+
+
+def place(changes, *middleware, **faults):
+    """Runs the demo's saga in a shop of its own; gives the state at the end and the outcome."""
+    outcomes = []
+    with _demo.open_shop(None) as (database, invoices, port):
+        options = {"pace": 0, "fail": None, "fail_compensation": None} | faults
+        shop = _demo.Shop(database, invoices, port, **options)
+        before = _demo.look(shop)
+
+        async def run():
+            saga = Saga(_demo.ORDER, middleware=middleware)
+            outcomes.append(await saga.run(shop, _demo.Order("1", **changes), exceptions=Exception))
+
+        anyio.run(run)
+        after = _demo.look(shop)
+    return (before, after), outcomes[0]
+
+
+async def twice(effect, call_next):
+    await call_next()
+    if effect.kind in {"action", "compensation"}:
+        await call_next()
+
+
+def test_each_step_can_run_twice():
+    """Actions and compensations are idempotent: run twice, they change what they change once."""
+    (_, once), _ = place({})
+    (before, after), outcome = place({}, twice)
+    assert outcome.error is None
+    assert {name: after[name] for name in after if name != "applied"} == {
+        name: once[name] for name in once if name != "applied"
+    }
+    (before, after), outcome = place({}, twice, fail="notify-warehouse")
+    assert outcome.error is not None
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusing"),
+    [({"quantity": 6}, "reserve-stock"), ({"price": 101}, "charge-account")],
+)
+def test_refused_by_the_database(changes, refusing):
+    """What the shop does not have is not sold, and a step that changed nothing not compensated."""
+    (before, after), outcome = place(changes)
+    states = {report.name: report.state for report in outcome.steps}
+    assert states[refusing] is StepState.NOT_APPLIED
+    assert isinstance(outcome.error, sqlite3.IntegrityError)
+    assert before == after
+
+
+@on_both
+def test_endpoint_that_refuses(tmp_path, backend):
+    """An answer other than success is an error that says what was asked and what came."""
+    with _demo.open_shop(tmp_path / "shop.db") as (database, invoices, port):
+        shop = _demo.Shop(database, invoices, port, 0, None, None)
+        with pytest.raises(ConnectionError, match=r"^PUT /orders/1: HTTP/1.0 501 "):
+            anyio.run(_demo.request, shop, "PUT", "/orders/1", backend=backend)
+
+
+def test_endpoint_bears_clients_that_hang_up(tmp_path, capfd):
+    """A client that resets its connection disturbs nobody."""
+    with _demo.open_shop(tmp_path / "shop.db") as (database, invoices, port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        shop = _demo.Shop(database, invoices, port, 0, None, None)
+        assert _demo.look(shop)["warehouse"] == []
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_that_is_no_outcome_goes_on(monkeypatch, demo):
+    """A defect of the demo itself is not taken for a failed order."""
+
+    async def run(*args, **kwargs):
+        raise RuntimeError("defect")
+
+    monkeypatch.setattr(_demo, "Saga", lambda *args, **kwargs: SimpleNamespace(run=run))
+    with pytest.raises(RuntimeError, match="defect"):
+        demo()
+
+
+def test_interrupted_before_the_saga(monkeypatch, demo):
+    """Where Ctrl-C leaves no report, what is there is checked all the same."""
+
+    def run(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(anyio, "run", run)
+    status, out = demo()
+    assert status == 1
+    assert "The run was ended before it could report." in out
+    assert RESTORED in out
+
+
+# --- the database -------------------------------------------------------------------------------
+
+
+@on_both
+def test_database_is_kept(demo, tmp_path, backend):
+    """A new database is made, and goes on from run to run, until there is no money left."""
+    database = tmp_path / "shop.db"
+    for before, after in (("ada 100", "ada 60"), ("ada 60", "ada 20")):
+        status, out = demo("--database", database, "--backend", backend)
+        assert status == 0
+        assert columns(out, "accounts") == (before, after)
+    status, out = demo("--database", database, "--backend", backend)
+    assert status == 1
+    assert steps(out, "failed") == ["charge-account"]
+    assert steps(out, "compensated") == ["reserve-stock"]
+    assert "IntegrityError: CHECK constraint failed" in out
+    assert RESTORED in out
+    with closing(sqlite3.connect(database)) as connection:
+        orders = [row[0] for row in connection.execute("SELECT order_id FROM shipments")]
+    files = [path.stem for path in (tmp_path / "shop.db-invoices").iterdir()]
+    assert len(orders) == 2
+    assert sorted(files) == sorted(orders)
+
+
+def test_temporary_database_is_removed(demo, tmp_path, monkeypatch):
+    """Without a path nothing is left on the disk."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    demo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_database_named_memory_is_a_file(demo, tmp_path, monkeypatch):
+    """A name that SQLite reads in its own way is a file's name here."""
+    monkeypatch.chdir(tmp_path)
+    status, _ = demo("--database", ":memory:")
+    assert status == 0
+    assert (tmp_path / ":memory:").stat().st_size
+
+
+def test_empty_file_is_a_new_database(demo, tmp_path):
+    """A file with nothing in it, as ``mktemp`` makes it, is a shop that is new."""
+    database = tmp_path / "shop.db"
+    database.touch()
+    status, _ = demo("--database", database)
+    assert status == 0
+
+
+def test_text_file_is_refused(refused, tmp_path):
+    """A file that is no database is refused, and stays as it is."""
+    file = tmp_path / "letter.txt"
+    file.write_text("Dear Ada, " * 100)
+    assert f"{file} cannot be used as the shop's database: file is not a database" in refused(
+        "--database", file
+    )
+    assert file.read_text() == "Dear Ada, " * 100
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_foreign_database_is_refused(refused, tmp_path):
+    """The database of another program is refused, and stays as it is."""
+    file = tmp_path / "other.db"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("CREATE TABLE stock (item TEXT)")
+    content = file.read_bytes()
+    assert f"{file} is the database of something else" in refused("--database", file)
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_database_that_cannot_be_opened_is_refused(refused, tmp_path):
+    """A directory, and a file in a directory that is not there, are refused."""
+    for path in (tmp_path, tmp_path / "nowhere" / "shop.db"):
+        assert "unable to open database file" in refused("--database", path)
+
+
+def test_locked_database_is_refused(refused, demo, tmp_path):
+    """A database that another program is writing is refused before anything has run."""
+    file = tmp_path / "shop.db"
+    demo("--database", file)
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        assert "database is locked" in refused("--database", file)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--fail", "--fail-compensation"])
+@pytest.mark.parametrize("value", ["pack", "", "delivery"])
+def test_unknown_step_is_refused(refused, option, value):
+    """A step that does not exist is answered with the list of those that do."""
+    message = refused(option, value)
+    assert all(step in message for step in _demo.STEPS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--cancel-after", "-1"),
+        ("--cancel-after", "nan"),
+        ("--cancel-after", "inf"),
+        ("--cancel-after", "soon"),
+        ("--cancel-after",),
+        ("--pace", "-0.1"),
+        ("--backend", "curio"),
+        ("--fai", "confirm"),
+        ("--loud",),
+        ("now",),
+    ],
+)
+def test_bad_usage_is_refused(refused, arguments):
+    """Whatever else is wrong on the command line ends with status 64 and the usage."""
+    message = refused(*arguments)
+    assert message.startswith("usage: python -m pysagas ")
+    assert arguments[0] in message.splitlines()[-1]
+
+
+def test_missing_trio(refused, monkeypatch):
+    """Without Trio its backend is refused with what to install."""
+    monkeypatch.setitem(sys.modules, "trio", None)
+    assert 'pip install "pysagas[trio]"' in refused("--backend", "trio")
+
+
+def test_help(capsys):
+    """The help has every option, every step and every exit status."""
+    with pytest.raises(SystemExit) as caught:
+        _demo.main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--fail STEP", "--fail-compensation STEP", "--cancel-after SECONDS", "--backend"):
+        assert part in text
+    assert all(step in text for step in _demo.STEPS)
+    assert "0 completed, 1 rolled back, 2 not restored" in text
+    assert "64 bad usage" in text
+
+
+# --- Ctrl-C, for real ---------------------------------------------------------------------------
+
+
+def interrupted(*interruptions, arguments=(), pause=0.05):
+    """Runs the demo as a program, with a Ctrl-C whenever it has printed one of the given lines.
+
+    `pause` lets the program fall asleep after the line; it sleeps long enough not to reach the next.
+    """
+    waiting = list(interruptions)
+    lines = []
+    # Met in the middle of its own code, a loop may leave a coroutine that nobody awaits.
+    strict = ["-X", "dev", "-W", "error"] if pause else []
+    command = [sys.executable, *strict, "-m", "pysagas", "--pace", "0.2"]
+    with subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if waiting and waiting[0] in " ".join(line.split()):
+                time.sleep(pause)
+                process.send_signal(signal.SIGINT)
+                waiting.pop(0)
+        err = process.stderr.read()
+    assert waiting == []
+    return process.returncode, "".join(lines), err
+
+
+def not_ended(out):
+    return re.findall(r"The compensation of (\S+) did not end: cut off", out)
+
+
+on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+
+
+@on_posix
+@on_both
+@pytest.mark.parametrize("moment", ["start reserve-stock", "start notify-warehouse"])
+def test_ctrl_c_restores(backend, moment):
+    """One Ctrl-C in the middle takes back everything that started."""
+    status, out, err = interrupted(moment, arguments=("--backend", backend))
+    assert (status, err) == (1, "")
+    assert sorted(steps(out, "compensated")) == sorted(steps(out, "start"))
+    assert RESTORED in out
+
+
+@on_posix
+@on_both
+def test_ctrl_c_in_the_rollback_of_a_failure(backend):
+    """A first Ctrl-C that meets a rollback does not disturb it."""
+    status, out, err = interrupted(
+        "take back charge-account", arguments=("--backend", backend, "--fail", "charge-account")
+    )
+    assert (status, err) == (1, "")
+    assert steps(out, "compensated") == ["charge-account", "reserve-stock"]
+    assert RESTORED in out
+
+
+@on_posix
+def test_second_ctrl_c_cuts_one_compensation_on_asyncio():
+    """A second Ctrl-C costs the compensation that runs, which is named; the others run."""
+    status, out, err = interrupted("done charge-account", "take back charge-account")
+    assert (status, err) == (2, "")
+    assert not_ended(out) == ["charge-account"]
+    assert sorted(steps(out, "compensated")) == sorted([*GROUP, "reserve-stock"])
+    assert "NOT RESTORED: accounts, applied differ from before." in out
+
+
+@on_posix
+def test_second_ctrl_c_cuts_nothing_on_trio():
+    """Trio gives a second Ctrl-C to the main task, which only waits for the rollback."""
+    status, out, err = interrupted(
+        "start charge-account", "take back charge-account", arguments=("--backend", "trio")
+    )
+    assert (status, err) == (1, "")
+    assert steps(out, "compensated") == ["charge-account", "reserve-stock"]
+    assert RESTORED in out
+
+
+@on_posix
+@on_both
+def test_second_ctrl_c_in_running_code(backend):
+    """Where a second Ctrl-C meets the code of a compensation, only that one is cut."""
+    status, out, err = interrupted(
+        "start charge-account",
+        "take back charge-account",
+        arguments=("--backend", backend),
+        pause=0,
+    )
+    assert (status in {1, 2}, err) == (True, "")
+    cut = not_ended(out)
+    assert cut in ([], ["charge-account"])
+    assert status == (2 if cut else 1)
+
+
+@on_posix
+@on_both
+def test_second_ctrl_c_after_the_run(backend):
+    """A second Ctrl-C that comes when all is over does not hide how it ended."""
+    status, out, err = interrupted(
+        "start reserve-stock", "before after", arguments=("--backend", backend), pause=0
+    )
+    assert (status, err) == (1, "")
+    assert RESTORED in out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@on_posix
+def test_second_ctrl_c_in_a_group_on_asyncio():
+    """The members of a group are compensated at the same time, and so are cut together."""
+    status, out, err = interrupted("done book-courier", "take back notify-warehouse")
+    assert (status, err) == (2, "")
+    assert not_ended(out) == list(GROUP)
+    assert steps(out, "compensated") == ["charge-account", "reserve-stock"]
+    assert "NOT RESTORED: shipments, invoices, warehouse differ from before." in out
+
+
+@on_posix
+def test_third_ctrl_c_ends_the_program():
+    """A third Ctrl-C stops the rollback; what is left undone is found and said."""
+    status, out, err = interrupted(
+        "done charge-account", "take back charge-account", "take back reserve-stock"
+    )
+    assert (status, err) == (2, "")
+    assert "The run was ended before it could report." in out
+    assert "NOT RESTORED: stock, accounts, applied differ from before." in out
