@@ -1,0 +1,186 @@
+"""The exceptions: whose they are, and what they say."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+import pytest
+
+from pysagas import (
+    AlreadyCommitted,
+    CompensationFailed,
+    MiddlewareError,
+    Saga,
+    SagaDefinitionError,
+    SagaError,
+    SagaState,
+    ScopeBusy,
+    ScopeClosed,
+    Step,
+)
+from pysagas._errors import add_note, describe, leaves
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (SagaDefinitionError, ValueError),
+        (ScopeClosed, RuntimeError),
+        (ScopeBusy, RuntimeError),
+        (AlreadyCommitted, RuntimeError),
+        (MiddlewareError, RuntimeError),
+        (CompensationFailed, Exception),
+    ],
+)
+def test_hierarchy(error, builtin):
+    """Every exception of the library is a SagaError, and of the built-in kind that it resembles."""
+    assert issubclass(error, SagaError)
+    assert issubclass(error, builtin)
+    assert issubclass(SagaError, Exception)
+    assert not issubclass(error, BaseExceptionGroup)
+
+
+def failed(error, *failures):
+    return CompensationFailed("trip", error, failures, None)
+
+
+def test_compensation_failed_lists_failures():
+    """The message of CompensationFailed names the saga, what began it, and each failure (G11)."""
+    one = OSError("no route")
+    one.add_note("something else")
+    one.add_note("compensation of step 'hotel' at (1,) in saga 'trip'")
+    error = failed(ValueError("first line\nsecond line"), one, KeyError())
+
+    assert (
+        "saga 'trip' could not be taken back whole after ValueError: first line:\n"
+        "  compensation of step 'hotel' at (1,) in saga 'trip': OSError: no route\n"
+        "  KeyError"
+    ) == str(error)
+
+
+def test_compensation_failed_attributes():
+    """CompensationFailed has what began it, the failures as a tuple, and the outcome (G11)."""
+    cause = ValueError()
+    one, two = OSError(), KeyError()
+    outcome = object()
+    error = CompensationFailed("trip", cause, [one, two], outcome)
+
+    assert cause is error.error
+    assert (one, two) == error.failures
+    assert outcome is error.outcome
+
+
+def test_compensation_failed_cause_is_a_group():
+    """Its cause is a group of what began it and of all failures, so a traceback shows each (G11)."""
+    cause = ValueError("began it")
+    error = failed(cause, OSError("one"), KeyboardInterrupt("two"))
+
+    assert isinstance(error.__cause__, BaseExceptionGroup)
+    assert (cause, *error.failures) == error.__cause__.exceptions
+    shown = "".join(traceback.format_exception(error))
+    assert all(
+        text in shown for text in ("ValueError: began it", "OSError: one", "KeyboardInterrupt: two")
+    )
+
+
+def test_compensation_failed_without_an_error():
+    """A rollback that was asked for has no error that began it (G11)."""
+    error = failed(None, OSError("one"))
+
+    assert error.error is None
+    assert "saga 'trip' could not be taken back whole:\n  OSError: one" == str(error)
+    assert error.failures == error.__cause__.exceptions
+
+
+def test_compensation_failed_without_failures():
+    """With nothing to show there is no cause."""
+    assert failed(None).__cause__ is None
+
+
+def test_compensation_failed_counts_what_it_does_not_list():
+    """Beyond twenty, failures are counted in the message; all of them are in `failures` (G11)."""
+    failures = [OSError(str(number)) for number in range(23)]
+    error = failed(None, *failures)
+
+    lines = str(error).splitlines()
+    assert 22 == len(lines)
+    assert "  OSError: 19" == lines[-2]
+    assert "  ... and 3 more (see .failures)" == lines[-1]
+    assert tuple(failures) == error.failures
+    assert "  OSError: 19" == str(failed(None, *failures[:20])).splitlines()[-1]
+
+
+async def test_compensation_failed_can_be_named_by_except_star():
+    """A failed rollback comes out as a plain exception, which `except*` can name (G11)."""
+
+    def fail():
+        raise ValueError("action")
+
+    def fail_too():
+        raise OSError("compensation")
+
+    caught = []
+    try:
+        await Saga([Step(fail, fail_too)], name="trip").run()
+    except* CompensationFailed as group:
+        caught.extend(group.exceptions)
+
+    (error,) = caught
+    assert isinstance(error.error, ValueError)
+    assert ["OSError: compensation"] == [describe(failure) for failure in error.failures]
+    assert SagaState.FAILED is error.outcome.state
+    assert (
+        "saga 'trip' could not be taken back whole after ValueError: action:\n"
+        "  compensation of step 'fail' at (0,) in saga 'trip': OSError: compensation"
+    ) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("text"), "ValueError: text"),
+        (ValueError(), "ValueError"),
+        (ValueError("one\ntwo"), "ValueError: one"),
+    ],
+)
+def test_describe(error, expected):
+    """An exception is given as its type and the first line of its message."""
+    assert expected == describe(error)
+
+
+def test_add_note_once():
+    """One exception that many runs raise does not collect the same note many times."""
+    error = ValueError()
+    add_note(error, "a")
+    add_note(error, "b")
+    add_note(error, "a")
+
+    assert ["a", "b"] == error.__notes__
+
+
+def test_add_note_to_an_exception_that_refuses():
+    """An exception that cannot be written to goes without a note."""
+
+    @dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+        def add_note(self, note):
+            raise AttributeError("frozen")
+
+    error = Frozen(3)
+    add_note(error, "a")
+
+    assert not hasattr(error, "__notes__")
+
+
+def test_leaves():
+    """Groups are taken apart down to the exceptions in them."""
+    one, two, three = ValueError(), KeyError(), OSError()
+    group = ExceptionGroup("outer", [one, ExceptionGroup("inner", [two, three])])
+
+    assert [one, two, three] == list(leaves(group))
+    assert [one] == list(leaves(one))
