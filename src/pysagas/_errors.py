@@ -72,6 +72,7 @@ class CompensationFailed(SagaError):
     error: BaseException | None
     failures: tuple[BaseException, ...]
     outcome: Outcome[object]
+    __cause__: BaseException | None
 
     def __init__(
         self,
@@ -97,7 +98,9 @@ def _message_lines(
     reason = "" if error is None else f" after {describe(error)}"
     yield f"saga {saga!r} could not be taken back whole{reason}:"
     for failure in failures[:_LISTED_FAILURES]:
-        place = next((note for note in notes_of(failure) if note.startswith("compensation of")), "")
+        place = next(
+            (note for note in reversed(notes_of(failure)) if note.startswith("compensation of")), ""
+        )
         yield f"  {place + ': ' if place else ''}{describe(failure)}"
     if len(failures) > _LISTED_FAILURES:
         yield f"  ... and {len(failures) - _LISTED_FAILURES} more (see .failures)"

@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Commit, Definition, Parallel, Step
-from ._effects import current_place, through
+from ._effects import Effect, Middleware, current_place, through
 from ._errors import MiddlewareError, leaves, orders_to_quit, was_closed, without_cancellation
 from ._log import (
     CommitMark,
@@ -80,12 +80,37 @@ async def carry_out(
         if not owner.middleware:
             return await _carry_out_members(entry, args, kwargs)
         members = partial(_carry_out_members, entry, args, kwargs)
-        return await through(owner.middleware, owner.effect("group", entry.name, path), members)
+        return await _through_whole(owner.middleware, owner.effect("group", entry.name, path), members)
     assert entry.saga is not None
     if not entry.middleware:
         return await entry.saga.forward(entry, args, kwargs)
     forward = partial(entry.saga.forward, entry, args, kwargs)
-    return await through(entry.middleware, entry.effect("saga", entry.name, path), forward)
+    return await _through_whole(entry.middleware, entry.effect("saga", entry.name, path), forward)
+
+
+async def _through_whole(
+    middleware: tuple[Middleware, ...], effect: Effect, forward: Callable[[], Awaitable[Any]]
+) -> Any:
+    """Carries out a group or an inner saga as an effect: swallowing its failure does not undo it.
+
+    What is half done must go back, and it is the failure that makes it go back.
+    """
+    failed: list[BaseException] = []
+
+    async def watched() -> Any:
+        try:
+            return await forward()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    result = await through(middleware, effect, watched)
+    if not failed:
+        return result
+    try:
+        raise failed[0]
+    finally:
+        failed.clear()
 
 
 async def _carry_out_step(record: Record, owner: Sequence, path: Path) -> Any:
@@ -95,12 +120,7 @@ async def _carry_out_step(record: Record, owner: Sequence, path: Path) -> Any:
     )
     if not owner.middleware:
         return await act()
-    try:
-        result = await through(owner.middleware, owner.effect("action", step.name, path), act)
-    except BaseException as error:
-        if record.error is None:
-            record.error = error
-        raise
+    result = await through(owner.middleware, owner.effect("action", step.name, path), act)
     if record.state is NOT_STARTED:
         # A middleware answered in the action's place.
         record.state = COMPLETED

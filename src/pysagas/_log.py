@@ -72,6 +72,8 @@ class Run:
 
     __slots__ = ("_run_id", "ended", "failures", "reported", "root", "saga")
 
+    saga: str
+
     def __init__(self, saga: str, run_id: str | None) -> None:
         self.saga = saga
         self._run_id = run_id
@@ -86,6 +88,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
+        """The name of the run; a random one is made when it is first asked for."""
         if self._run_id is None:
             self._run_id = str(uuid4())
         return self._run_id
@@ -93,6 +96,7 @@ class Run:
     def failed_at(
         self, path: tuple[int, ...], error: BaseException, record: Record | None = None
     ) -> None:
+        """Notes that a compensation, or a middleware around a rollback, failed."""
         self.failures.append(Failure(path, record, error))
 
     def failures_in(self, path: tuple[int, ...]) -> list[BaseException]:
@@ -100,6 +104,7 @@ class Run:
         return [failure.error for failure in self.failures if failure.path[: len(path)] == path]
 
     def reports(self) -> tuple[StepReport, ...]:
+        """Reports on each step, for the outcome."""
         failed = {id(failure.record): failure.error for failure in self.failures}
         return tuple(_reports(self.root, failed))
 
@@ -113,7 +118,12 @@ class Record:
     # One of these is kept for every step that a run has made: small is what matters here.
     __slots__ = ("args", "compensation", "definition", "error", "result", "state", "undo")
 
+    definition: Any
+    compensation: Callable[..., object] | None
+    undo: Callable[[Any], object] | None
+    args: tuple[Any, ...]
     kwargs: dict[str, Any] = NO_KEYWORDS
+    state: StepState
 
     def __init__(
         self,
@@ -206,6 +216,18 @@ class Sequence:
         "stop_on_failure",
     )
 
+    run: Run
+    parent: Sequence | None
+    path: tuple[int, ...]
+    saga: SagaDefinition[..., Any] | None
+    middleware: tuple[Middleware, ...]
+    committed: int
+    in_flight: bool
+    halted: bool
+    stop_on_failure: bool
+    name: str
+    saga_name: str
+
     def __init__(
         self,
         run: Run,
@@ -245,6 +267,7 @@ class Sequence:
             self.name = self.saga_name = run.saga
 
     def limit_rollback(self, seconds: float | None) -> None:
+        """Sets the time limit of a rollback, unless one around it is smaller."""
         if seconds is not None and (self.rollback_timeout is None or seconds < self.rollback_timeout):
             self.rollback_timeout = seconds
 
@@ -292,6 +315,7 @@ class Sequence:
         add_note(error, f"compensation of step {record.name!r} at {path} in saga {self.saga_name!r}")
 
     def effect(self, kind: EffectKind, name: str, path: tuple[int, ...]) -> Effect:
+        """Makes an effect of this saga."""
         return Effect(kind, self.saga_name, self.run.run_id, name, path)
 
     def current_effect(self) -> Effect | None:

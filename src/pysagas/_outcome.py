@@ -78,7 +78,9 @@ class _Ended(Protocol):
     @property
     def run_id(self) -> str: ...
 
-    def reports(self) -> tuple[StepReport, ...]: ...
+    def reports(self) -> tuple[StepReport, ...]:
+        """Reports on each step."""
+        ...
 
 
 class Outcome(Generic[T_co]):
@@ -116,6 +118,10 @@ class Outcome(Generic[T_co]):
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses: an outcome is frozen."""
         raise AttributeError(f"an Outcome is frozen: {name!r} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        """Refuses, as assignment does."""
+        raise AttributeError(f"an Outcome is frozen: {name!r} cannot be deleted")
 
     @property
     def saga(self) -> str:

@@ -108,8 +108,21 @@ class Saga(SagaDefinition[P, T_co]):
         put("middleware", tuple(middleware))
         put("_known_calls", set())
 
+    @overload
+    async def run(self, *args: P.args, **kwargs: P.kwargs) -> Outcome[T_co]: ...
+
+    @overload
     async def run(
-        self, *args: Any, exceptions: Exceptions = (), executor: object = None, **kwargs: Any
+        self, *args: Any, exceptions: Exceptions | None, executor: object = None, **kwargs: Any
+    ) -> Outcome[T_co]: ...
+
+    # mypy: the parameters of the saga may have these names too; they are reached with `bind`.
+    async def run(  # type: ignore[misc]
+        self,
+        *args: Any,
+        exceptions: Exceptions | None = (),
+        executor: object = None,
+        **kwargs: Any,
     ) -> Outcome[T_co]:
         """Runs the saga, and reports.
 
@@ -214,9 +227,9 @@ class SagaMethod(Generic[S, P, T_co]):
         self._function = function
         self._options = options
 
-    def __call__(self, instance: S, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T_co]:
+    async def __call__(self, instance: S, /, *args: P.args, **kwargs: P.kwargs) -> T_co:
         """Calls the saga of an instance, as ``Class.method(instance, ...)`` does."""
-        return self.__get__(instance)(*args, **kwargs)
+        return await self.__get__(instance)(*args, **kwargs)
 
     @overload
     def __get__(self, instance: None, owner: type) -> SagaMethod[S, P, T_co]: ...
@@ -292,7 +305,7 @@ def saga(function: Any = None, /, **options: Any) -> Any:
     """
     if function is None:
         check = dict(options)
-        check.pop("exceptions", None)
+        exception_types("@saga: exceptions", check.pop("exceptions", ()))
         check_saga_options(
             "@saga",
             check.pop("name", None),
@@ -314,6 +327,7 @@ def _decorate(function: Any, options: dict[str, Any]) -> Saga[..., Any] | SagaMe
             "`async def`"
         )
     if _is_method(function):
+        _from_function(function, **options)  # so that an option which cannot work is refused here
         return SagaMethod(function, options)
     if not takes_positional(function):
         raise SagaDefinitionError(

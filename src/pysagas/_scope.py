@@ -82,9 +82,10 @@ class SagaScope:
     # --- the calls -----------------------------------------------------------------------------
 
     @overload
-    async def step(
-        self, definition: Definition[P, T] | Bound[T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
+    async def step(self, definition: Definition[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    @overload
+    async def step(self, definition: Bound[T], /) -> T: ...
 
     @overload
     async def step(

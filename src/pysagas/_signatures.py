@@ -113,7 +113,7 @@ def takes(function: Function, count: int) -> bool:
     if type(target) is MethodType:
         target = target.__func__
         wanted += 1
-    if type(target) is FunctionType and "__wrapped__" not in target.__dict__:
+    if type(target) is FunctionType:
         code = target.__code__
         if wanted > code.co_argcount:
             if not code.co_flags & CO_VARARGS:
@@ -126,7 +126,8 @@ def takes(function: Function, count: int) -> bool:
 
 def _signature(function: Function) -> Signature | None:
     try:
-        return signature(function)
+        # What it takes itself: a decorator may well add or take away arguments of what it wraps.
+        return signature(function, follow_wrapped=False)
     except Exception:  # nobody knows it; or asking ran code of the object's own, which failed
         return None
 
@@ -194,5 +195,4 @@ def _same_shape(first: object, second: object) -> bool:
         and not one.co_kwonlyargcount
         and not other.co_kwonlyargcount
         and len(first.__defaults__ or ()) == len(second.__defaults__ or ())
-        and "__wrapped__" not in first.__dict__
     )
