@@ -48,7 +48,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Checks types: of the source, of what users write, and that the public ones are complete."""
-    install(session, "types", "-e", ".")
+    install(session, "types", ".")
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "pysagas", "--ignoreexternal")
