@@ -7,7 +7,6 @@ import logging
 import threading
 import types
 from contextvars import ContextVar, copy_context
-from dataclasses import FrozenInstanceError
 
 import pytest
 from anyio import CancelScope, Event, create_task_group, to_thread
@@ -175,7 +174,7 @@ def test_effect_is_a_frozen_value():
 
     assert Effect("action", "trip", "order-42", "pay", (1, 2)) == effect
     assert 1 == len({effect, Effect("action", "trip", "order-42", "pay", (1, 2))})
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         effect.name = "other"
     assert not hasattr(effect, "__dict__")
 

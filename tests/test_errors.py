@@ -19,7 +19,15 @@ from pysagas import (
     ScopeClosed,
     Step,
 )
-from pysagas._errors import add_note, describe, leaves
+from pysagas._errors import (
+    add_note,
+    describe,
+    leaves,
+    notes_of,
+    orders_to_quit,
+    was_closed,
+    without_cancellation,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +67,16 @@ def test_compensation_failed_lists_failures():
         "  compensation of step 'hotel' at (1,) in saga 'trip': OSError: no route\n"
         "  KeyError"
     ) == str(error)
+
+
+def test_compensation_failed_names_the_place_of_last():
+    """An exception that was raised by compensations before is listed with its last place."""
+    error = OSError("no route")
+    error.add_note("compensation of step 'car' at (0,) in saga 'other'")
+    error.add_note("compensation of step 'hotel' at (1,) in saga 'trip'")
+
+    assert "step 'hotel' at (1,) in saga 'trip': OSError" in str(failed(None, error))
+    assert "'car'" not in str(failed(None, error))
 
 
 def test_compensation_failed_attributes():
@@ -175,6 +193,77 @@ def test_add_note_to_an_exception_that_refuses():
     add_note(error, "a")
 
     assert not hasattr(error, "__notes__")
+
+
+class Hostile(Exception):
+    """An exception that cannot be asked for anything."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    def __getattribute__(self, name):
+        raise RuntimeError("no attributes")
+
+
+def test_hostile_exceptions():
+    """An exception that raises when it is looked at is described by its type, and goes without notes."""
+    error = Hostile()
+    add_note(error, "a")
+
+    assert "Hostile" == describe(error)
+    assert [] == notes_of(error)
+    assert "saga 'trip' could not be taken back whole:\n  Hostile" == str(failed(None, error))
+
+
+def test_notes_of():
+    """Notes are given as texts, whatever somebody has put there; without notes there are none."""
+    error = ValueError()
+    assert [] == notes_of(error)
+
+    error.__notes__ = ["a", 3]
+    assert ["a", "3"] == notes_of(error)
+
+    error.__notes__ = 3
+    assert [] == notes_of(error)
+
+
+def test_without_cancellation():
+    """What is left without its cancellations: nothing of one, the rest of a group, all of another."""
+    one, two = ValueError(), KeyError()
+    group = BaseExceptionGroup("", [one, BaseExceptionGroup("", [Cancelled(), two]), Cancelled()])
+
+    assert without_cancellation(Cancelled(), Cancelled) is None
+    assert without_cancellation(BaseExceptionGroup("", [Cancelled()]), Cancelled) is None
+    assert one is without_cancellation(one, Cancelled)
+    assert [one, two] == list(leaves(without_cancellation(group, Cancelled)))
+
+
+class Cancelled(BaseException):
+    """Stands for a loop's own."""
+
+
+def test_was_closed():
+    """An error that came of a GeneratorExit, however far back, is from a coroutine that is closed."""
+    error = ValueError()
+    assert not was_closed(error, None)
+    assert was_closed(GeneratorExit(), None)
+
+    error.__context__ = KeyError()
+    assert not was_closed(error, None)
+    error.__context__.__context__ = GeneratorExit()
+    assert was_closed(error, None)
+    assert not was_closed(error, error.__context__.__context__)
+
+
+def test_orders_to_quit():
+    """KeyboardInterrupt and SystemExit are orders to quit, in a group too; nothing else is (G8)."""
+    assert orders_to_quit(KeyboardInterrupt())
+    assert orders_to_quit(
+        BaseExceptionGroup("", [ValueError(), BaseExceptionGroup("", [SystemExit()])])
+    )
+    assert not orders_to_quit(ExceptionGroup("", [ValueError()]))
+    assert not orders_to_quit(Cancelled())
+    assert not orders_to_quit(None)
 
 
 def test_leaves():

@@ -526,10 +526,11 @@ async def test_methods_check_their_arguments():
         await Agency("agency").bare()
 
 
-def test_a_method_of_the_class():
-    """Reached from its class, a saga method is a description, no saga yet."""
+async def test_a_method_of_the_class():
+    """Reached from its class, a saga method is no saga yet, and is called with its instance."""
     assert isinstance(Agency.bare, SagaMethod)
     assert Agency.bare is Agency.bare
+    assert ("agency", 1, 2) == await Agency.bare(Agency("agency"), 1, key=2)
 
 
 def test_refused_option_of_a_method():
@@ -754,7 +755,7 @@ def test_builder_keeps_its_parts_when_a_call_is_refused(world):
     with pytest.raises(SagaDefinitionError):
         builder.add_step(3)
 
-    assert 1 == len(builder.build().items)
+    assert 1 == len(builder.build().parts)
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 60}, {"not_applied": OSError}], ids=repr)

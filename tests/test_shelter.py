@@ -38,9 +38,7 @@ BOOM, OTHER, INTERRUPT, EXIT = Boom(), Boom(), KeyboardInterrupt(), SystemExit()
         ((EXIT, INTERRUPT), EXIT),
     ],
 )
-def test_weightiest(
-    errors: tuple[BaseException | None, ...], chosen: BaseException | None
-) -> None:
+def test_weightiest(errors: tuple[BaseException | None, ...], chosen: BaseException | None) -> None:
     """An order to quit goes on before anything else, else the last error that is there."""
     assert weightiest(*errors) is chosen
 
@@ -345,7 +343,7 @@ async def test_call_sheltered_whose_child_is_gone_before_its_first_line() -> Non
         task.cancel()
 
     async def function() -> None:
-        raise AssertionError("it must not be called")
+        raise AssertionError("it must not be called")  # pragma: no cover - must not be reached
 
     asyncio.get_running_loop().call_soon(cancel_child)
     with pytest.raises(asyncio.CancelledError):
@@ -380,7 +378,7 @@ def test_the_ways_to_interrupt_do_interrupt() -> None:
     async def main() -> None:
         async def work() -> None:
             await trio.sleep_forever()
-            work_ended.append("work")
+            work_ended.append("work")  # pragma: no cover - must not be reached
 
         async def controller(cancel: Any) -> None:
             cancel()

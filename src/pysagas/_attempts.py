@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from inspect import isawaitable
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from anyio import CapacityLimiter, move_on_after, to_thread
+from anyio import move_on_after
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._errors import SagaDefinitionError
+from ._errors import SagaDefinitionError, orders_to_quit
 from ._outcome import StepState
 from ._shelter import call_sheltered
-from ._signatures import is_async, name_of
+from ._signatures import is_async, is_awaitable, name_of
 
 if TYPE_CHECKING:
     from ._definitions import Step
@@ -55,7 +54,7 @@ class Attempted(Protocol):
 
 async def settle(value: object) -> object:
     """Gives a value, or what it gives when awaited."""
-    return await value if isawaitable(value) else value
+    return await value if is_awaitable(value) else value
 
 
 async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
@@ -131,19 +130,26 @@ def compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[An
         return tried
 
     async def to_its_end(record: Attempted) -> Any:
+        from anyio import to_thread  # noqa: PLC0415 - few steps need threads
+
         threads = to_thread.current_default_thread_limiter()
         await checkpoint_if_cancelled()
         if step.blocking:
             # Waited for here, where a cancellation still finds nothing begun.
             await threads.acquire_on_behalf_of(record)
         try:
-            return await call_sheltered(partial(tried, record))
+            result = await call_sheltered(partial(tried, record))
+        except BaseException as error:
+            if not orders_to_quit(error):
+                await checkpoint_if_cancelled()
+            raise
         finally:
             if step.blocking:
                 threads.release_on_behalf_of(record)
-            # A scope that was cancelled meanwhile is noticed now, as a native cancellation is: the
-            # step has ended, and is taken back with its result known.
-            await checkpoint_if_cancelled()
+        # A scope that was cancelled meanwhile is noticed now, as a native cancellation is: the step
+        # has ended, and is taken back with its result known.
+        await checkpoint_if_cancelled()
+        return result
 
     return to_its_end
 
@@ -191,9 +197,11 @@ async def _in_thread(
         # function.
         return [function(*args, **kwargs)]
 
+    from anyio import CapacityLimiter, to_thread  # noqa: PLC0415 - few steps need threads
+
     # A limiter of its own: who calls this waits for a free thread before, or, going back, must not.
     (result,) = await to_thread.run_sync(call, limiter=CapacityLimiter(1))
-    if isawaitable(result):
+    if is_awaitable(result):
         if isinstance(result, CoroutineType):
             result.close()
         raise TypeError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import isawaitable
 from math import inf
 from types import CoroutineType
 from typing import Literal, cast
 
 from ._errors import SagaDefinitionError
-from ._signatures import is_async, is_generator, name_of, takes
+from ._signatures import is_async, is_awaitable, is_generator, name_of, takes
 
 __all__ = [
     "Exceptions",
@@ -33,7 +32,7 @@ OnCompensationFailure = Literal["continue", "stop"]
 
 def check_callable(place: str, what: str, value: object) -> None:
     if not callable(value):
-        given = "a coroutine, which is already called" if isawaitable(value) else repr(value)
+        given = "a coroutine, which is already called" if is_awaitable(value) else repr(value)
         if isinstance(value, CoroutineType):
             value.close()
         raise SagaDefinitionError(

@@ -26,13 +26,25 @@ from ._errors import SagaDefinitionError
 from ._signatures import (
     call_problem,
     compensation_problem,
+    fits,
     is_async,
     is_coroutine_function,
     name_of,
     takes,
 )
 
-__all__ = ["Bound", "Commit", "Definition", "Item", "Parallel", "Step"]
+__all__ = [
+    "Bound",
+    "Commit",
+    "Definition",
+    "Parallel",
+    "Part",
+    "Step",
+    "check_parts",
+    "definition_of",
+    "is_part",
+    "parts_problem",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,16 +80,16 @@ class Definition(Generic[P, T_co]):
         Raises:
             TypeError: It cannot be called with these arguments.
         """
-        self.check_call(args, kwargs, f"{self!r}.bind")
+        self.check_call(args, kwargs, "{}.bind")
         return Bound(self, args, kwargs)
 
-    def check_call(self, args: tuple[object, ...], kwargs: Mapping[str, object], caller: str) -> None:
+    def check_call(self, args: tuple[object, ...], kwargs: Mapping[str, object], call: str) -> None:
         """Refuses arguments that something in this definition could not take.
 
         Args:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
-            caller: How the message names the call.
+            call: How the message names the call, with ``{}`` for this definition.
 
         Raises:
             TypeError: They do not fit; nothing has run.
@@ -86,7 +98,7 @@ class Definition(Generic[P, T_co]):
         if shape not in self._known_calls:
             problem = self._call_problem(args, kwargs)
             if problem is not None:
-                raise TypeError(f"{caller}{shown_call(args, kwargs)}: {problem}")
+                raise TypeError(f"{call.format(repr(self))}{shown_call(args, kwargs)}: {problem}")
             self._known_calls.add(shape)
 
     def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
@@ -335,6 +347,8 @@ class Step(Definition[P, T_co]):
         put("simple", self.attempts is None and self.known_async)
 
     def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
+        if not kwargs and fits(self.action, self.compensation, None, len(args)):
+            return None
         for kind, function in (("action", self.action), ("compensation", self.compensation)):
             problem = function and call_problem(function, args, kwargs)
             if problem is not None:
@@ -361,33 +375,22 @@ class Commit(Definition[..., None]):
         return True
 
 
-def is_part(value: object) -> TypeGuard[Definition[..., Any] | Bound[Any]]:
+def is_part(value: object) -> TypeGuard[Part]:
     """Tells whether a saga can be made of it."""
     return isinstance(value, Definition | Bound)
 
 
-class Item:
-    """A member of a group, or a part of a sequence, as the engine reads it.
-
-    `args` is None where the definition takes the arguments of the run.
-    """
-
-    __slots__ = ("args", "definition", "kwargs")
-
-    def __init__(self, part: Definition[..., Any] | Bound[Any]) -> None:
-        if isinstance(part, Bound):
-            self.definition = part.definition
-            self.args: tuple[Any, ...] | None = part.args
-            self.kwargs: dict[str, Any] = part.kwargs
-        else:
-            self.definition = part
-            self.args = None
-            self.kwargs = {}
+Part = Definition[..., Any] | Bound[Any]
 
 
-def make_items(place: str, parts: Iterable[object], *, in_group: bool, known: str) -> tuple[Item, ...]:
+def definition_of(part: Part) -> Definition[..., Any]:
+    """Gives the definition of a part, bound or not."""
+    return part.definition if isinstance(part, Bound) else part
+
+
+def check_parts(place: str, parts: Iterable[object], *, in_group: bool, known: str) -> tuple[Part, ...]:
     """Checks the parts of a sequence, or the members of a group."""
-    items: list[Item] = []
+    checked: list[Part] = []
     named: dict[str, Definition[..., Any]] = {}
     for index, part in enumerate(parts):
         if not is_part(part):
@@ -395,8 +398,7 @@ def make_items(place: str, parts: Iterable[object], *, in_group: bool, known: st
             raise SagaDefinitionError(
                 f"{place}: {known} {index} must be a Step, a Parallel or a Saga, not {part!r}{hint}"
             )
-        item = Item(part)
-        definition = item.definition
+        definition = definition_of(part)
         if definition.holds_commit() and (in_group or not isinstance(definition, Commit)):
             raise SagaDefinitionError(
                 f"{place}: {known} {index}, {definition!r}, holds a commit; a commit belongs to the "
@@ -409,17 +411,17 @@ def make_items(place: str, parts: Iterable[object], *, in_group: bool, known: st
                     f"{place}: two different steps have the name {definition.name!r}; give one of "
                     "them another"
                 )
-        items.append(item)
-    return tuple(items)
+        checked.append(part)
+    return tuple(checked)
 
 
-def items_problem(
-    items: tuple[Item, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
+def parts_problem(
+    parts: tuple[Part, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> str | None:
-    """Says which of the items could not be called with the arguments of the run."""
-    for item in items:
-        if item.args is None:
-            problem = item.definition._call_problem(args, kwargs)
+    """Says which of the parts could not be called with the arguments of the run."""
+    for part in parts:
+        if not isinstance(part, Bound):
+            problem = part._call_problem(args, kwargs)
             if problem is not None:
                 return problem
     return None
@@ -431,9 +433,9 @@ class Parallel(Definition[..., tuple[Any, ...]]):
     Its value is a tuple of the members' values, in the order of the members.
     """
 
-    __slots__ = ("items", "limit", "on_failure")
+    __slots__ = ("limit", "on_failure", "parts")
 
-    items: tuple[Item, ...]
+    parts: tuple[Part, ...]
     limit: int | None
     on_failure: OnFailure
 
@@ -466,10 +468,10 @@ class Parallel(Definition[..., tuple[Any, ...]]):
             )
         put = partial(object.__setattr__, self)
         put("name", name or "parallel")
-        put("items", make_items(place, members, in_group=True, known="member"))
+        put("parts", check_parts(place, members, in_group=True, known="member"))
         put("limit", limit)
         put("on_failure", on_failure)
         put("_known_calls", set())
 
     def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
-        return items_problem(self.items, args, kwargs)
+        return parts_problem(self.parts, args, kwargs)

@@ -7,12 +7,10 @@ effect is made, except for who asks for it with `current_effect`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from functools import wraps
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ._errors import MiddlewareError, SagaDefinitionError
 
@@ -21,13 +19,10 @@ __all__ = ["CallNext", "Effect", "EffectKind", "Middleware", "current_effect", "
 EffectKind = Literal["saga", "group", "action", "rollback", "compensation", "commit"]
 CallNext = Callable[[], Awaitable[object]]
 
-_logger = logging.getLogger("pysagas")
-
 _REPEATABLE = frozenset({"action", "compensation"})
 
 
-@dataclass(frozen=True, slots=True)
-class Effect:
+class Effect(NamedTuple):
     """One thing that the engine is about to run.
 
     Attributes:
@@ -200,7 +195,9 @@ def observer(middleware: Middleware) -> Middleware:
             await middleware(effect, watched)
         except Exception as error:
             if not raised or error is not raised[0]:
-                _logger.warning(
+                import logging  # noqa: PLC0415 - only who has a failing observer pays for it
+
+                logging.getLogger("pysagas").warning(
                     "observer %r failed on effect %s %r at %s; the saga is not affected",
                     middleware,
                     effect.kind,

@@ -148,13 +148,19 @@ def without_cancellation(error: BaseException, cancelled: type[BaseException]) -
     return error
 
 
-def was_closed(error: BaseException) -> bool:
+def was_closed(error: BaseException, before: BaseException | None) -> bool:
     """Tells whether it comes from a coroutine that is being closed, where nothing can be awaited.
 
-    A task group around the await turns the GeneratorExit into an error of its own.
+    A task group around the await turns the GeneratorExit into an error of its own, with the
+    GeneratorExit as context.
+
+    Args:
+        error: What came out of the task group.
+        before: What was being handled when the task group was entered: in the clean-up of an async
+            generator that may be a GeneratorExit, and yet awaiting works there.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and cause is not before:
         if isinstance(cause, GeneratorExit):
             return True
         cause = cause.__context__

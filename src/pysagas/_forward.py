@@ -8,6 +8,7 @@ own entry back before it raises; the end of a run (see ``_run``) takes back the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from functools import partial
@@ -17,7 +18,7 @@ from anyio import create_task_group, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
-from ._definitions import Commit, Definition, Parallel, Step
+from ._definitions import Bound, Commit, Definition, Parallel, Step
 from ._effects import Effect, Middleware, current_place, through
 from ._errors import MiddlewareError, leaves, orders_to_quit, was_closed, without_cancellation
 from ._log import (
@@ -35,7 +36,7 @@ from ._shelter import weightiest
 __all__ = [
     "carry_out",
     "carry_out_commit",
-    "carry_out_items",
+    "carry_out_parts",
     "new_entry",
     "note_failure",
 ]
@@ -61,7 +62,7 @@ def new_entry(
         record.kwargs = kwargs
         return record
     if isinstance(definition, Parallel):
-        return Group(definition, owner, path)
+        return Group(definition, path)
     assert isinstance(definition, SagaDefinition)
     return Sequence(owner.run, owner, path, definition, owner.middleware + definition.middleware)
 
@@ -78,8 +79,8 @@ async def carry_out(
         return await _carry_out_step(entry, owner, path)
     if isinstance(entry, Group):
         if not owner.middleware:
-            return await _carry_out_members(entry, args, kwargs)
-        members = partial(_carry_out_members, entry, args, kwargs)
+            return await _carry_out_members(entry, owner, args, kwargs)
+        members = partial(_carry_out_members, entry, owner, args, kwargs)
         return await _through_whole(owner.middleware, owner.effect("group", entry.name, path), members)
     assert entry.saga is not None
     if not entry.middleware:
@@ -144,16 +145,18 @@ def note_failure(entry: Entry, error: BaseException) -> None:
 # --- sequences ----------------------------------------------------------------------------------
 
 
-async def carry_out_items(sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+async def carry_out_parts(sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Carries out the parts of a saga built as data, one after the other."""
     assert sequence.saga is not None
     entries = sequence.entries
     append = entries.append
     plain = not sequence.middleware
     try:
-        for item in sequence.saga.items:
-            definition = item.definition
-            its_args, its_kwargs = (args, kwargs) if item.args is None else (item.args, item.kwargs)
+        for part in sequence.saga.parts:
+            if isinstance(part, Bound):
+                definition, its_args, its_kwargs = part.definition, part.args, part.kwargs
+            else:
+                definition, its_args, its_kwargs = part, args, kwargs
             if plain and isinstance(definition, Step) and definition.simple and not its_kwargs:
                 # As `_carry_out_step` and `attempt`, written out for the step that asks for
                 # nothing: the long way costs three times as much as the step itself.
@@ -173,8 +176,8 @@ async def carry_out_items(sequence: Sequence, args: tuple[Any, ...], kwargs: dic
             append(entry)
             await carry_out(entry, its_args, its_kwargs, sequence, path)
     except BaseException as error:
-        if entries:
-            note_failure(entries[-1], error)
+        for last in entries[-1:]:  # none, if a signal came before the first
+            note_failure(last, error)
         raise
 
 
@@ -231,7 +234,7 @@ class _InContext(Awaitable[T]):
 
 
 async def _carry_out_members(
-    group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]
+    group: Group, owner: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Carries out the members of a group, at the same time.
 
@@ -241,7 +244,8 @@ async def _carry_out_members(
     on Trio the siblings' cancellations come out as well.
     """
     definition = group.definition
-    count = len(definition.items)
+    count = len(definition.parts)
+    plain = not owner.middleware
     results: list[Any] = [None] * count
     failures: list[tuple[int, BaseException]] = []
     cancelled: list[BaseException] = []
@@ -250,10 +254,35 @@ async def _carry_out_members(
     stopped = False
     feed = iter(range(count))
 
-    async def member(index: int) -> None:
+    # Trio starts a batch of tasks in any order. That each takes the next member from one iterator is
+    # what enters the members in the order given.
+    async def member(index: int | None = None) -> None:
         nonlocal ended, stopped
+        if index is None:
+            if stopped:
+                return
+            index = next(feed)
+        part = definition.parts[index]
         try:
-            results[index] = await _carry_out_member(group, index, args, kwargs)
+            if isinstance(part, Bound):
+                step, its_args, its_kwargs = part.definition, part.args, part.kwargs
+            else:
+                step, its_args, its_kwargs = part, args, kwargs
+            if plain and isinstance(step, Step) and step.simple and not its_kwargs:
+                # As `_carry_out_member`, written out for the step that asks for nothing.
+                current_place.set(MemberPlace(owner, group, index, "action"))
+                record = Record(step, step.take_back, step.take_undo, its_args, UNKNOWN)
+                group.members[index] = record
+                try:
+                    record.result = results[index] = await step.action(*its_args)
+                except BaseException as error:
+                    note_failure(record, error)
+                    raise
+                record.state = COMPLETED
+            else:
+                results[index] = await _carry_out_member(
+                    group, owner, index, step, its_args, its_kwargs
+                )
             ended += 1
         except GeneratorExit:
             raise
@@ -268,12 +297,6 @@ async def _carry_out_members(
             if definition.on_failure == "cancel" or not isinstance(error, Exception):
                 tasks.cancel_scope.cancel()
 
-    # Trio starts a batch of tasks in any order. That each takes the next member from one iterator
-    # is what enters the members in the order given.
-    async def take_one() -> None:
-        if not stopped:
-            await member(next(feed))
-
     async def take_many() -> None:
         for index in feed:
             if stopped:
@@ -282,12 +305,13 @@ async def _carry_out_members(
 
     limit = definition.limit or count
     outside: BaseException | None = None
+    before = sys.exception()
     try:
         async with create_task_group() as tasks:
             for _ in range(min(count, limit)):
-                tasks.start_soon(take_many if limit < count else take_one)
+                tasks.start_soon(take_many if limit < count else member)
     except BaseException as error:
-        if was_closed(error):
+        if was_closed(error, before):
             raise GeneratorExit from error
         outside = weightiest(*leaves(error))
     if outside is None:
@@ -300,16 +324,17 @@ async def _carry_out_members(
         except cancelled_class as error:
             outside = error
     try:
-        raise _group_error(group, failures, outside, cancelled)
+        raise _group_error(group, owner, failures, outside, cancelled)
     finally:
         # An exception whose traceback holds this frame must not be held by it.
-        del outside
+        del before, outside
         failures.clear()
         cancelled.clear()
 
 
 def _group_error(
     group: Group,
+    owner: Sequence,
     failures: list[tuple[int, BaseException]],
     outside: BaseException | None,
     cancelled: list[BaseException],
@@ -320,7 +345,7 @@ def _group_error(
     together: BaseException | None = None
     if errors:
         together = BaseExceptionGroup(
-            f"group {group.name!r} of saga {group.owner.saga_name!r}: {len(errors)} of "
+            f"group {group.name!r} of saga {owner.saga_name!r}: {len(errors)} of "
             f"{len(group.members)} members failed",
             errors,
         )
@@ -340,29 +365,18 @@ def _group_error(
 
 
 async def _carry_out_member(
-    group: Group, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    group: Group,
+    owner: Sequence,
+    index: int,
+    definition: Definition[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    item = group.definition.items[index]
-    definition = item.definition
-    owner = group.owner
-    if item.args is not None:
-        args, kwargs = item.args, item.kwargs
-    if isinstance(definition, Step):
-        place = MemberPlace(group, index, "action")
-        current_place.set(place)
-        if definition.simple and not owner.middleware and not kwargs:
-            record = Record(definition, definition.take_back, definition.take_undo, args, UNKNOWN)
-            group.members[index] = record
-            try:
-                record.result = result = await definition.action(*args)
-            except BaseException as error:
-                note_failure(record, error)
-                raise
-            record.state = COMPLETED
-            return result
     path = (*group.path, index)
     entry = new_entry(definition, args, kwargs, owner, path)
     group.members[index] = entry
-    if isinstance(entry, Sequence):
+    if isinstance(entry, Record):
+        current_place.set(MemberPlace(owner, group, index, "action"))
+    elif isinstance(entry, Sequence):
         current_place.set(entry)
     return await carry_out(entry, args, kwargs, owner, path)

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
-from uuid import uuid4
 
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 
 from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN
-from ._definitions import Commit, Definition, Item, Parallel
+from ._definitions import Commit, Definition, Parallel, Part, definition_of
 from ._effects import Effect, EffectKind, Middleware
 from ._errors import CompensationFailed, add_note, without_cancellation
 from ._outcome import Outcome, StepReport, StepState
@@ -68,9 +67,13 @@ class Failure(NamedTuple):
 
 
 class Run:
-    """What all parts of one run share."""
+    """What all parts of one run share.
 
-    __slots__ = ("_run_id", "ended", "failures", "reported", "root", "saga")
+    It does not know its log: a run that succeeded is to be freed when nobody holds it, without
+    waiting for the garbage collector.
+    """
+
+    __slots__ = ("_run_id", "ended", "failures", "reported", "saga")
 
     saga: str
 
@@ -84,12 +87,13 @@ class Run:
         self.reported: CompensationFailed | None = None
         # How the run ended, if it failed.
         self.ended: Outcome[Any] | None = None
-        self.root: Sequence
 
     @property
     def run_id(self) -> str:
         """The name of the run; a random one is made when it is first asked for."""
         if self._run_id is None:
+            from uuid import uuid4  # noqa: PLC0415 - few runs are asked for it
+
             self._run_id = str(uuid4())
         return self._run_id
 
@@ -102,11 +106,6 @@ class Run:
     def failures_in(self, path: tuple[int, ...]) -> list[BaseException]:
         """The failures at a path and below."""
         return [failure.error for failure in self.failures if failure.path[: len(path)] == path]
-
-    def reports(self) -> tuple[StepReport, ...]:
-        """Reports on each step, for the outcome."""
-        failed = {id(failure.record): failure.error for failure in self.failures}
-        return tuple(_reports(self.root, failed))
 
 
 class Record:
@@ -172,14 +171,14 @@ class SagaDefinition(Definition[P, T_co]):
 
     __slots__ = (
         "function",
-        "items",
         "middleware",
         "on_compensation_failure",
+        "parts",
         "rollback_timeout",
     )
 
     # Empty for a saga written as a function.
-    items: tuple[Item, ...]
+    parts: tuple[Part, ...]
     function: Callable[..., Any] | None
     rollback_timeout: float | None
     on_compensation_failure: str
@@ -271,6 +270,24 @@ class Sequence:
         if seconds is not None and (self.rollback_timeout is None or seconds < self.rollback_timeout):
             self.rollback_timeout = seconds
 
+    @property
+    def root(self) -> Sequence:
+        """The log of the whole run."""
+        level = self
+        while level.parent is not None:
+            level = level.parent
+        return level
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run."""
+        return self.run.run_id
+
+    def reports(self) -> tuple[StepReport, ...]:
+        """Reports on each step, for the outcome."""
+        failed = {id(failure.record): failure.error for failure in self.run.failures}
+        return tuple(_reports(self, failed))
+
     def may_end_early(self) -> bool:
         """Tells whether `begins_no_more` can ever come true, for this saga and those around it."""
         level: Sequence | None = self
@@ -335,13 +352,12 @@ class Sequence:
 class Group:
     """The log of one parallel group. A member that never started has None in its place."""
 
-    __slots__ = ("definition", "members", "owner", "path")
+    __slots__ = ("definition", "members", "path")
 
-    def __init__(self, definition: Parallel, owner: Sequence, path: tuple[int, ...]) -> None:
+    def __init__(self, definition: Parallel, path: tuple[int, ...]) -> None:
         self.definition = definition
-        self.owner = owner
         self.path = path
-        self.members: list[Entry | None] = [None] * len(definition.items)
+        self.members: list[Entry | None] = [None] * len(definition.parts)
 
     @property
     def name(self) -> str:
@@ -362,9 +378,10 @@ Entry = Record | Sequence | Group | CommitMark
 class MemberPlace:
     """The place of a step that is a member of a group (see ``_effects.Place``)."""
 
-    __slots__ = ("group", "index", "kind")
+    __slots__ = ("group", "index", "kind", "owner")
 
-    def __init__(self, group: Group, index: int, kind: EffectKind) -> None:
+    def __init__(self, owner: Sequence, group: Group, index: int, kind: EffectKind) -> None:
+        self.owner = owner
         self.group = group
         self.index = index
         self.kind: EffectKind = kind
@@ -376,7 +393,7 @@ class MemberPlace:
     def current_effect(self) -> Effect:
         member = self.group.members[self.index]
         assert member is not None
-        return self.group.owner.effect(self.kind, member.name, self.path)
+        return self.owner.effect(self.kind, member.name, self.path)
 
 
 # --- reading the log ----------------------------------------------------------------------------
@@ -427,16 +444,18 @@ def _reports(node: Sequence | Group, failed: dict[int, BaseException]) -> Iterat
         elif isinstance(entry, Sequence | Group):
             yield from _reports(entry, failed)
         elif entry is None and isinstance(node, Group):
-            yield from _not_started(node.definition.items[index].definition, path)
+            yield from _not_started(definition_of(node.definition.parts[index]), path)
     if isinstance(node, Sequence) and node.saga is not None:
-        for index, item in enumerate(node.saga.items[len(entries) :], start=len(entries)):
-            yield from _not_started(item.definition, (*node.path, index))
+        for index, part in enumerate(node.saga.parts[len(entries) :], start=len(entries)):
+            yield from _not_started(definition_of(part), (*node.path, index))
 
 
 def _not_started(definition: Definition[..., Any], path: tuple[int, ...]) -> Iterator[StepReport]:
-    if isinstance(definition, Parallel | SagaDefinition) and definition.items:
-        for index, item in enumerate(definition.items):
-            yield from _not_started(item.definition, (*path, index))
-    elif not isinstance(definition, Commit | Parallel):
+    if isinstance(definition, Parallel) or (
+        isinstance(definition, SagaDefinition) and definition.function is None
+    ):
+        for index, part in enumerate(definition.parts):
+            yield from _not_started(definition_of(part), (*path, index))
+    elif not isinstance(definition, Commit):
         # A step; or a saga as a function, whose steps nobody knows yet.
         yield StepReport(name=definition.name, path=path, state=NOT_STARTED)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ._errors import SagaError, leaves
 
@@ -48,8 +47,7 @@ class StepState(Enum):
     """Its undo or compensation was begun, and did not return."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
+class StepReport(NamedTuple):
     """What happened to one step.
 
     Attributes:
@@ -69,11 +67,14 @@ class StepReport:
     compensation_error: BaseException | None = None
 
 
+_set = object.__setattr__
+
+
 class _Ended(Protocol):
     """What an outcome asks of the run that it reports on."""
 
     @property
-    def saga(self) -> str: ...
+    def saga_name(self) -> str: ...
 
     @property
     def run_id(self) -> str: ...
@@ -126,7 +127,7 @@ class Outcome(Generic[T_co]):
     @property
     def saga(self) -> str:
         """The name of the saga that ran."""
-        return self._run.saga
+        return self._run.saga_name
 
     @property
     def run_id(self) -> str:
@@ -189,10 +190,6 @@ class Outcome(Generic[T_co]):
     def __repr__(self) -> str:
         error = "" if self.error is None else f" error={self.error!r}"
         return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}>"
-
-
-def _set(target: object, name: str, value: object) -> None:
-    object.__setattr__(target, name, value)
 
 
 def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:

@@ -16,10 +16,10 @@ What this module must not know: how anything goes forward.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from inspect import isawaitable
 from types import CoroutineType
 from typing import Any
 
@@ -41,6 +41,7 @@ from ._log import (
     pending_names,
 )
 from ._shelter import shelter, weightiest
+from ._signatures import is_awaitable
 
 __all__ = ["roll_back"]
 
@@ -109,7 +110,10 @@ async def roll_back(
         # More than once where the child was cancelled before its first line, or a middleware failed.
         late = weightiest(late, await shelter(work))
         if isinstance(late, Exception):
-            raise late  # neither cancellation nor an order: there is no event loop to run in
+            # Neither cancellation nor an order to quit: there is no event loop to run in.
+            if isinstance(sys.exception(), GeneratorExit):
+                raise GeneratorExit from late
+            raise late
     return late
 
 
@@ -168,7 +172,7 @@ async def _unwind(sequence: Sequence, start: int) -> None:
                 entry.state = COMPENSATION_FAILED
                 try:
                     result: Any = way[0](*way[1], **way[2])
-                    if result.__class__ is CoroutineType or isawaitable(result):
+                    if result.__class__ is CoroutineType or is_awaitable(result):
                         await result
                 except GeneratorExit:
                     raise
@@ -179,37 +183,34 @@ async def _unwind(sequence: Sequence, start: int) -> None:
             elif must_take_back(entry):
                 if sequence.begins_no_more():
                     return
-                await _unwind_node(entry)
+                await _unwind_node(entry, sequence)
                 current_place.set(sequence)
     finally:
         sequence.position = None
 
 
-async def _unwind_node(entry: Entry | None) -> None:
+async def _unwind_node(entry: Entry | None, owner: Sequence) -> None:
     if isinstance(entry, Group):
-        await _unwind_group(entry)
-    elif isinstance(entry, Sequence):
+        await _unwind_group(entry, owner)
+    else:
+        assert isinstance(entry, Sequence)
         current_place.set(entry)
-        around = entry.parent
-        if entry.rollback_timeout is None or (
-            around is not None and around.rollback_timeout == entry.rollback_timeout
-        ):
+        if entry.rollback_timeout in (None, owner.rollback_timeout):
             await _unwind(entry, 0)
         else:
             deadline = current_time() + entry.rollback_timeout
             await _limited(entry, 0, deadline, partial(_unwind, entry, 0))
 
 
-async def _unwind_group(group: Group) -> None:
+async def _unwind_group(group: Group, owner: Sequence) -> None:
     """Takes back the members of a group, at the same time."""
-    owner = group.owner
     waiting = deque(index for index, member in enumerate(group.members) if must_take_back(member))
 
     async def work() -> None:
         # Each task takes the next member that waits: so members are entered in the order given,
         # whatever the order in which a loop starts tasks.
         while waiting and not owner.begins_no_more():
-            await _unwind_member(group, waiting.popleft())
+            await _unwind_member(group, waiting.popleft(), owner)
             if not limited:
                 return
 
@@ -223,22 +224,23 @@ async def _unwind_group(group: Group) -> None:
             owner.run.failed_at(group.path, late)
 
 
-async def _unwind_member(group: Group, index: int) -> None:
+async def _unwind_member(group: Group, index: int, owner: Sequence) -> None:
     member = group.members[index]
     if not isinstance(member, Record):
-        await _unwind_node(member)
+        await _unwind_node(member, owner)
         return
     way = member.way_back()
     assert way is not None
-    place = MemberPlace(group, index, "compensation")
+    place = MemberPlace(owner, group, index, "compensation")
     current_place.set(place)
-    owner = group.owner
     if owner.middleware:
         await _take_back_through(member, way, owner, place.path)
         return
     member.state = COMPENSATION_FAILED
     try:
-        await settle(way[0](*way[1], **way[2]))
+        result: Any = way[0](*way[1], **way[2])
+        if is_awaitable(result):
+            await result
     except GeneratorExit:
         raise
     except BaseException as error:

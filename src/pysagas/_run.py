@@ -11,7 +11,6 @@ from ._errors import AlreadyCommitted, CompensationFailed, ScopeBusy, add_note, 
 from ._log import (
     COMPENSATED,
     Record,
-    Run,
     Sequence,
     must_take_back,
     pending_names,
@@ -31,7 +30,7 @@ _LISTED_NAMES = 10
 
 
 def verdict(
-    run: Run,
+    sequence: Sequence,
     path: Path,
     error: BaseException | None,
     late: BaseException | None,
@@ -42,11 +41,12 @@ def verdict(
     failure. What yields is the cause or context of what goes on.
 
     Args:
-        run: The run.
+        sequence: In whose log it stood.
         path: What has been taken back, of which the failures count.
         error: What started the rollback.
         late: The interruption that arrived meanwhile.
     """
+    run = sequence.run
     failures = run.failures_in(path)
     failed: CompensationFailed | None = None
     if failures:
@@ -56,11 +56,14 @@ def verdict(
             # A failure reported before, which now stands for what started all this.
             # (An order to quit carries it as its cause.)
             again = run.reported
-            if again is None or error is None or again not in (error, error.__cause__):
-                started = error
-            else:
+            if again is not None and (
+                error is again
+                or (error is not None and orders_to_quit(error) and error.__cause__ is again)
+            ):
                 started = again.error
-            now = Outcome(run, SagaState.FAILED, None, started)
+            else:
+                started = error
+            now = Outcome(sequence.root, SagaState.FAILED, None, started)
             _ = now.steps
             failed = CompensationFailed(run.saga, started, failures, now)
         run.reported = failed
@@ -87,9 +90,7 @@ async def conclude(
     """
     run = root.run
     if error is None:
-        error = run.reported  # a function that caught this and returned has failed all the same
-        if error is None:
-            return Outcome(run, SagaState.COMPLETED, value, None, _WholeRollback(root))
+        return Outcome(root, SagaState.COMPLETED, value, None, _WholeRollback(root))
     if isinstance(error, GeneratorExit):
         _warn_of_what_is_left(root)
         raise error
@@ -100,11 +101,11 @@ async def conclude(
         except BaseException:
             _warn_of_what_is_left(root)
             raise
-    chosen = verdict(run, root.path, error, late)
+    chosen = verdict(root, root.path, error, late)
     assert chosen is not None
     restored = not run.failures and not root.committed
     outcome: Outcome[Any] = Outcome(
-        run, SagaState.COMPENSATED if restored else SagaState.FAILED, None, chosen
+        root, SagaState.COMPENSATED if restored else SagaState.FAILED, None, chosen
     )
     run.ended = outcome
     add_note(chosen, _what_happened(root, error))
@@ -184,6 +185,8 @@ async def run_plain(
     except BaseException as raised:
         error = raised
     reset_place(token)
+    if error is None:
+        return Outcome(root, SagaState.COMPLETED, value, None, _WholeRollback(root))
     try:
         return await conclude(root, value, error, expected)
     finally:
@@ -263,9 +266,9 @@ class _WholeRollback:
                 late = await roll_back(root, 0, root.name, root.path)
         finally:
             self._running = False
-        chosen = verdict(run, root.path, None, late)
+        chosen = verdict(root, root.path, None, late)
         state = SagaState.FAILED if run.failures else SagaState.COMPENSATED
-        self._later = Outcome(run, state, None, chosen if run.failures else None)
+        self._later = Outcome(root, state, None, chosen if run.failures else None)
         if run.reported is not None:
             run.reported.outcome = self._later
         if chosen is None:

@@ -8,10 +8,21 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from ._attempts import Retry
 from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
-from ._definitions import Bound, Commit, Definition, Parallel, Step, is_part, items_problem, make_items
+from ._definitions import (
+    Bound,
+    Commit,
+    Definition,
+    Parallel,
+    Part,
+    Step,
+    check_parts,
+    definition_of,
+    is_part,
+    parts_problem,
+)
 from ._effects import Middleware
 from ._errors import SagaDefinitionError
-from ._forward import carry_out_items
+from ._forward import carry_out_parts
 from ._log import Run, SagaDefinition, Sequence
 from ._outcome import Outcome
 from ._run import run_plain, run_through
@@ -24,8 +35,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 S = TypeVar("S")
-
-Part = Definition[..., Any] | Bound[Any]
 
 
 class Saga(SagaDefinition[P, T_co]):
@@ -76,7 +85,7 @@ class Saga(SagaDefinition[P, T_co]):
             )
         self._define(
             place,
-            make_items(place, steps, in_group=False, known="step"),
+            check_parts(place, steps, in_group=False, known="step"),
             None,
             name=name,
             exceptions=exceptions,
@@ -88,7 +97,7 @@ class Saga(SagaDefinition[P, T_co]):
     def _define(
         self,
         place: str,
-        items: Any,
+        parts: tuple[Part, ...],
         function: Callable[..., Awaitable[Any]] | None,
         *,
         name: str | None,
@@ -100,7 +109,7 @@ class Saga(SagaDefinition[P, T_co]):
         check_saga_options(place, name, rollback_timeout, on_compensation_failure, middleware)
         put = partial(object.__setattr__, self)
         put("name", name or ("saga" if function is None else name_of(function)))
-        put("items", items)
+        put("parts", parts)
         put("function", function)
         put("exceptions", exception_types(f"{place}: exceptions", exceptions))
         put("rollback_timeout", rollback_timeout)
@@ -150,7 +159,7 @@ class Saga(SagaDefinition[P, T_co]):
         expected = self.exceptions
         if exceptions != ():
             expected += exception_types(f"{self!r}.run: exceptions", exceptions)
-        self.check_call(args, kwargs, f"{self!r}.run")
+        self.check_call(args, kwargs, "{}.run")
         return await self._run(args, kwargs, expected)
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co:
@@ -159,7 +168,7 @@ class Saga(SagaDefinition[P, T_co]):
         Raises:
             BaseException: As for `run`; an expected failure is raised too, since there is no value.
         """
-        self.check_call(args, kwargs, repr(self))
+        self.check_call(args, kwargs, "{}")
         outcome = await self._run(args, kwargs, ())
         return outcome.value
 
@@ -168,7 +177,6 @@ class Saga(SagaDefinition[P, T_co]):
     ) -> Outcome[T_co]:
         run = Run(self.name, None)
         root = Sequence(run, None, (), self, self.middleware)
-        run.root = root
         if root.middleware:
             return await run_through(root, args, kwargs, expected)
         return await run_plain(root, args, kwargs, expected)
@@ -178,16 +186,16 @@ class Saga(SagaDefinition[P, T_co]):
     ) -> Awaitable[Any]:
         """Carries out the saga, forward only, writing to `sequence`; for the library's own use."""
         if self.function is None:
-            return carry_out_items(sequence, args, kwargs)
+            return carry_out_parts(sequence, args, kwargs)
         return call_function(sequence, self.function, args, kwargs)
 
     def holds_commit(self) -> bool:
         """Tells whether a `Commit` stands in it; what a function will do nobody knows."""
-        return any(item.definition.holds_commit() for item in self.items)
+        return any(definition_of(part).holds_commit() for part in self.parts)
 
     def _call_problem(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> str | None:
         if self.function is None:
-            return items_problem(self.items, args, kwargs)
+            return parts_problem(self.parts, args, kwargs)
         problem = call_problem(self.function, (None, *args), kwargs)
         return problem and f"the function of saga {self.name!r} cannot take these: {problem}"
 
@@ -463,7 +471,7 @@ class SagaBuilder:
 
     def _add(self, part: Part) -> SagaBuilder:
         # Checked here, where the traceback shows the line that is wrong, and not only in `build`.
-        make_items("SagaBuilder", [part], in_group=False, known="part")
+        check_parts("SagaBuilder", [part], in_group=False, known="part")
         self._parts.append(part)
         return self
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from inspect import CO_ASYNC_GENERATOR, isawaitable
 from types import CoroutineType, FunctionType, TracebackType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
 
@@ -30,7 +29,7 @@ from ._log import (
 from ._outcome import Outcome
 from ._rollback import roll_back
 from ._run import conclude, verdict
-from ._signatures import fits, has_coroutine_code, takes
+from ._signatures import CO_ASYNC_GENERATOR, fits, has_coroutine_code, is_awaitable, takes
 
 __all__ = ["SagaScope", "open_saga"]
 
@@ -47,6 +46,8 @@ T8 = TypeVar("T8")
 Ts = TypeVarTuple("Ts")
 
 _UNSET: Any = object()
+
+_CALLED = {"step": "scope.step: {}", "parallel": "scope.parallel: {}"}
 
 
 class SagaScope:
@@ -184,7 +185,7 @@ class SagaScope:
                 await checkpoint_if_cancelled()
             record.state = UNKNOWN
             result: Any = action(*args)
-            if result.__class__ is CoroutineType or isawaitable(result):
+            if result.__class__ is CoroutineType or is_awaitable(result):
                 result = await result
             record.result = result
             record.state = COMPLETED
@@ -442,7 +443,7 @@ class SagaScope:
             definition, args, kwargs = part.definition, part.args, part.kwargs
         else:
             definition = part
-            definition.check_call(args, kwargs, f"scope.{call}: {definition!r}")
+            definition.check_call(args, kwargs, _CALLED[call])
         if definition.holds_commit():
             raise SagaDefinitionError(
                 f"scope.{call}: {definition!r} holds a commit, which belongs to the outermost "
@@ -483,7 +484,7 @@ class SagaScope:
         sequence.in_flight = False
         if must_take_back(entry):
             late = await roll_back(sequence, index, entry.name, path)
-        chosen = verdict(sequence.run, path, error, late)
+        chosen = verdict(sequence, path, error, late)
         self._in_use = None
         if sequence.run.failures_in(path):
             self._closed = "something in it could not be taken back, so it ends failed"
@@ -596,7 +597,6 @@ def open_saga(
     check_saga_options(place, name, rollback_timeout, on_compensation_failure, middleware)
     run = Run(name or "saga", None)
     root = Sequence(run, None, (), None, tuple(middleware))
-    run.root = root
     root.limit_rollback(rollback_timeout)
     root.stop_on_failure = on_compensation_failure == "stop"
     return _OpenSaga(root, exception_types(f"{place}: exceptions", exceptions))

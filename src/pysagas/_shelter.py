@@ -14,6 +14,7 @@ work goes into child tasks that nobody else holds, and the caller only waits for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -61,6 +62,7 @@ async def shelter(
     late: BaseException | None = None
     waiting, running = tasks, tasks
     all_ended = Event()
+    before = sys.exception()
 
     async def child() -> None:
         nonlocal running, waiting
@@ -101,9 +103,11 @@ async def shelter(
                     with CancelScope(shield=True):
                         await wait_while(lambda: running, all_ended.wait)
     except BaseException as error:
-        if was_closed(error):
+        if was_closed(error, before):
             raise GeneratorExit from error
         late = weightiest(late, *leaves(error))
+    finally:
+        del before
     return late
 
 

@@ -8,29 +8,19 @@ is taken to accept anything: its own error will tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from inspect import (
-    CO_ASYNC_GENERATOR,
-    CO_COROUTINE,
-    CO_GENERATOR,
-    CO_VARARGS,
-    Parameter,
-    Signature,
-    isasyncgenfunction,
-    iscoroutinefunction,
-    isgeneratorfunction,
-    signature,
-)
-from types import FunctionType, MethodType
-from typing import Any
+from types import CoroutineType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 __all__ = [
+    "CO_ASYNC_GENERATOR",
     "call_problem",
     "compensation_problem",
     "fits",
     "has_coroutine_code",
     "is_async",
+    "is_awaitable",
     "is_coroutine_function",
     "is_generator",
     "name_of",
@@ -38,13 +28,30 @@ __all__ = [
     "takes_positional",
 ]
 
+if TYPE_CHECKING:
+    from inspect import Signature
+
 Function = Callable[..., object]
+
+# Flags of code objects, as the documentation of `inspect` names them. That module takes longer to
+# import than AnyIO; it is imported where something has to be read that is not on the code object.
+CO_VARARGS = 0x04
+CO_GENERATOR = 0x20
+CO_COROUTINE = 0x80
+CO_ASYNC_GENERATOR = 0x200
 
 _GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
+def is_awaitable(value: object) -> TypeGuard[Awaitable[Any]]:
+    """Tells whether a value can be awaited."""
+    return value.__class__ is CoroutineType or (value is not None and isinstance(value, Awaitable))
+
+
 def is_coroutine_function(function: Function) -> bool:
     """Tells whether calling it certainly gives a coroutine."""
+    from inspect import iscoroutinefunction  # noqa: PLC0415 - see above
+
     if iscoroutinefunction(function):  # sees through functools.partial and methods
         return True
     # Of the type: a proxy object would make a remote call of a look at its attributes.
@@ -68,6 +75,8 @@ def is_async(function: Function) -> bool:
 
 def is_generator(function: Function) -> bool:
     """Tells whether calling it only makes a generator, of which nothing has run."""
+    from inspect import isasyncgenfunction, isgeneratorfunction  # noqa: PLC0415 - see above
+
     return isgeneratorfunction(function) or isasyncgenfunction(function)
 
 
@@ -125,6 +134,8 @@ def takes(function: Function, count: int) -> bool:
 
 
 def _signature(function: Function) -> Signature | None:
+    from inspect import signature  # noqa: PLC0415 - see above
+
     try:
         # What it takes itself: a decorator may well add or take away arguments of what it wraps.
         return signature(function, follow_wrapped=False)
@@ -136,7 +147,7 @@ def takes_positional(function: Function) -> bool:
     """Tells whether it can be given a positional argument at all."""
     known = _signature(function)
     return known is None or any(
-        parameter.kind not in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD)
+        parameter.kind not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
         for parameter in known.parameters.values()
     )
 
@@ -170,12 +181,12 @@ def compensation_problem(action: Function, compensation: Function) -> str | None
     shortest: tuple[list[object], dict[str, object]] = ([], {})
     longest: tuple[list[object], dict[str, object]] = ([], {})
     for name, parameter in known.parameters.items():
-        if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return None
         for positional, keyword in (
-            [longest] if parameter.default is not Parameter.empty else [shortest, longest]
+            [longest] if parameter.default is not parameter.empty else [shortest, longest]
         ):
-            if parameter.kind is Parameter.KEYWORD_ONLY:
+            if parameter.kind is parameter.KEYWORD_ONLY:
                 keyword[name] = None
             else:
                 positional.append(None)

@@ -75,6 +75,7 @@ async def functions(trip: Trip, agency: Agency) -> None:
     assert_type(agency.book.bind(trip), Bound[Flight])
     assert_type(await agency.cars(trip=trip), int)
     assert_type((await agency.cars.run(trip)).value, int)
+    assert_type(await Agency.book(agency, trip), Flight)
 
 
 async def refused_functions(trip: Trip, agency: Agency) -> None:
@@ -92,6 +93,7 @@ async def refused_functions(trip: Trip, agency: Agency) -> None:
     # What is awaited is a coroutine function, so a missing await is found.
     book_trip(trip)  # type: ignore[unused-coroutine]
     book_trip.run(trip)  # type: ignore[unused-coroutine]
+    Agency.book(agency, trip)  # type: ignore[unused-coroutine]
 
 
 @saga  # type: ignore[arg-type]
