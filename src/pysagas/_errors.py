@@ -148,6 +148,27 @@ def without_cancellation(error: BaseException, cancelled: type[BaseException]) -
     return error
 
 
+def give_context(error: BaseException, earlier: BaseException | None) -> None:
+    """Puts what yields at the end of the contexts of what goes on, so that a traceback shows it."""
+    if earlier is None:
+        return
+    known = set(map(id, _contexts(earlier)))
+    last = error
+    for last in _contexts(error):
+        if id(last) in known:
+            return
+    last.__context__ = earlier
+
+
+def _contexts(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__context__
+
+
 def was_closed(error: BaseException, before: BaseException | None) -> bool:
     """Tells whether it comes from a coroutine that is being closed, where nothing can be awaited.
 
@@ -159,11 +180,11 @@ def was_closed(error: BaseException, before: BaseException | None) -> bool:
         before: What was being handled when the task group was entered: in the clean-up of an async
             generator that may be a GeneratorExit, and yet awaiting works there.
     """
-    cause: BaseException | None = error
-    while cause is not None and cause is not before:
+    for cause in _contexts(error):
+        if cause is before:
+            break
         if isinstance(cause, GeneratorExit):
             return True
-        cause = cause.__context__
     return False
 
 

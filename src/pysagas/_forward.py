@@ -20,7 +20,14 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Bound, Commit, Definition, Parallel, Step
 from ._effects import Effect, Middleware, current_place, through
-from ._errors import MiddlewareError, leaves, orders_to_quit, was_closed, without_cancellation
+from ._errors import (
+    MiddlewareError,
+    give_context,
+    leaves,
+    orders_to_quit,
+    was_closed,
+    without_cancellation,
+)
 from ._log import (
     CommitMark,
     Entry,
@@ -352,10 +359,10 @@ def _group_error(
     quitting = weightiest(*errors, outside)
     if quitting is not None and orders_to_quit(quitting):
         if len(errors) > 1 or quitting is outside:
-            quitting.__context__ = together
+            give_context(quitting, together)
         return quitting
     if outside is not None:
-        outside.__context__ = together
+        give_context(outside, together)
         return outside
     if together is not None:
         return together

@@ -7,7 +7,15 @@ from typing import Any, TypeVar
 
 from ._attempts import UNKNOWN
 from ._effects import current_place, reset_place, through
-from ._errors import AlreadyCommitted, CompensationFailed, ScopeBusy, add_note, leaves, orders_to_quit
+from ._errors import (
+    AlreadyCommitted,
+    CompensationFailed,
+    ScopeBusy,
+    add_note,
+    give_context,
+    leaves,
+    orders_to_quit,
+)
 from ._log import (
     COMPENSATED,
     Record,
@@ -75,8 +83,10 @@ def verdict(
             quitting.__cause__ = failed
     else:
         chosen = failed or late or error
-    if chosen is not None and chosen is not error and chosen is not failed and error is not None:
-        chosen.__context__ = error
+    if chosen is not None:
+        if chosen is not failed:
+            give_context(chosen, error)
+        give_context(chosen, late)
     return chosen
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class
 from anyio.lowlevel import cancel_shielded_checkpoint
 
-from ._errors import leaves, orders_to_quit, was_closed
+from ._errors import give_context, leaves, orders_to_quit, was_closed
 
 __all__ = ["call_sheltered", "shelter", "weightiest"]
 
@@ -135,7 +135,7 @@ async def call_sheltered(function: Callable[[], Awaitable[T]]) -> T:
             raise get_cancelled_exc_class()
         return ended[0]
     if failed and error is not failed[0]:
-        error.__context__ = failed[0]
+        give_context(error, failed[0])
     try:
         raise error
     finally:
