@@ -11,9 +11,8 @@ import pytest
 BACKENDS: list[Any] = [
     pytest.param(("asyncio", {"debug": True}), id="asyncio"),
     pytest.param(("trio", {}), id="trio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
 ]
-if sys.platform != "win32":
-    BACKENDS.append(pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"))
 if sys.version_info >= (3, 12):
 
     def eager_loop() -> asyncio.AbstractEventLoop:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-if str(FOLDER) not in sys.path:
-    sys.path.append(str(FOLDER))
+sys.path.append(str(FOLDER))
 
 contenders = importlib.import_module("contenders")
 run = importlib.import_module("run")

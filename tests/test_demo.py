@@ -13,6 +13,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -38,9 +39,9 @@ on_both = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.fixture(autouse=True)
 def in_memory(monkeypatch):
     """Puts temporary databases where a commit does not wait for a disk, if there is such a place."""
-    if MEMORY.is_dir():
-        monkeypatch.setattr("tempfile.tempdir", str(MEMORY))
-        monkeypatch.setenv("TMPDIR", str(MEMORY))
+    place = str(MEMORY) if MEMORY.is_dir() else tempfile.gettempdir()
+    monkeypatch.setattr("tempfile.tempdir", place)
+    monkeypatch.setenv("TMPDIR", place)
 
 
 @pytest.fixture
@@ -243,12 +244,10 @@ def test_cancelled_after_some_time(capsys, backend, after):
     """Whenever the saga is cancelled before its commit, everything is what it was."""
     status = _demo.main(["--pace", "0.03", "--cancel-after", str(after), "--backend", backend])
     out = capsys.readouterr().out
-    if names(out, "committed"):  # a slow machine came that far
-        assert status in {0, 2}
-    else:
-        assert status == 1
-        assert "Not completed (compensated): cut off." in out
-        assert RESTORED in out
+    came_through = bool(names(out, "committed"))  # on a slow machine
+    assert status in ({0, 2} if came_through else {1})
+    assert came_through or "Not completed (compensated): cut off." in out
+    assert came_through or RESTORED in out
 
 
 @on_both

@@ -38,7 +38,7 @@ from pysagas import CompensationFailed, Outcome, Parallel, Saga, SagaState, Step
 
 PROFILES = {
     "default": settings(
-        max_examples=120,
+        max_examples=200,
         deadline=None,
         derandomize=True,
         print_blob=True,
