@@ -121,7 +121,7 @@ class Awaitable:
         (
             (Saga([], name="trip"),),
             {},
-            "the action is a Saga; put it into the saga as it is, since .* independent run",
+            "the action is <Saga 'trip'>, which would be an independent run",
         ),
         (
             (sync_one, two),
@@ -297,9 +297,11 @@ async def test_refused_arguments_of_a_scope():
             await scope.step(3)
         with pytest.raises(TypeError, match="has its arguments already"):
             await scope.step(Step(ran).bind(1), 2)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        with pytest.raises(
+            TypeError, match="there is no option 'no_such_option'; options are compensation, undo"
+        ):
             await scope.step(ran, 1, no_such_option=True)
-        with pytest.raises(SagaDefinitionError, match="must be a Step, a Parallel or a Saga"):
+        with pytest.raises(SagaDefinitionError, match="must be a Step, a Parallel, a Saga or a Commit"):
             await scope.parallel(ran)
         with pytest.raises(TypeError, match="missing a required argument"):
             await scope.parallel(Step(ran), Step(one))
@@ -327,7 +329,7 @@ async def test_refused_arguments_of_a_scope():
         (lambda: Parallel(one), r"Parallel: member 0 must be .*; write Step\(one\)"),
         (
             lambda: Parallel(Step(one), 3),
-            "Parallel: member 1 must be a Step, a Parallel or a Saga, not 3",
+            "Parallel: member 1 must be a Step, a Parallel, a Saga or a Commit, not 3",
         ),
         (lambda: Parallel(3, name="all"), "Parallel 'all': member 0"),
         (lambda: Parallel(name=3), "Parallel: name must be a non-empty string, not 3"),
@@ -383,7 +385,10 @@ async def test_refused_arguments_of_a_scope():
         (lambda: SagaBuilder.create().add_step(Step(one).bind(1), name="x"), "is defined already"),
         (lambda: SagaBuilder.create().add_parallel(one), "member 0 must be"),
         (lambda: SagaBuilder.create().add_parallel(Commit()), "holds a commit"),
-        (lambda: SagaBuilder.create().add_saga(one), "must be a Step, a Parallel or a Saga"),
+        (
+            lambda: SagaBuilder.create().add_saga(one),
+            "must be a Step, a Parallel, a Saga or a Commit, not .*; write Step",
+        ),
         (lambda: SagaBuilder.create().add_saga(Saga([Commit()])), "holds a commit"),
         (
             lambda: (
@@ -1245,3 +1250,36 @@ async def test_definitions_run_many_times_at_once():
         outcomes[x].state for x in range(3)
     ]
     assert [0, 1, None] == [outcomes[x].steps[0].result for x in range(3)]
+
+
+async def test_what_would_be_an_independent_run_is_no_step():
+    """A saga's own call, or its class, as an action would be a run that nothing takes back."""
+    inner = Saga([], name="inner")
+    for action in (inner, inner.run, Commit, Saga):
+        with pytest.raises(SagaDefinitionError, match="would be an independent run"):
+            Step(action)
+    async with open_saga() as scope:
+        with pytest.raises(SagaDefinitionError, match="would be an independent run"):
+            await scope.step(inner.run)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Commit, r"; write Commit\(\.\.\.\)"),
+        (int, "not <class 'int'>$"),
+        ((one, one), r"; write Step\(action, compensation\) for one step"),
+        ([Step(one)], "members for several parts"),
+        (one, r"; write Step\(one\)"),
+    ],
+)
+def test_what_to_write_instead_of_what_is_no_part(part, message):
+    """What is no part of a saga is refused with what was probably meant."""
+    with pytest.raises(SagaDefinitionError, match=message):
+        Saga([part])
+
+
+def test_a_coroutine_is_no_part():
+    """A coroutine in the place of a step is closed, and the message says what to write."""
+    with pytest.raises(SagaDefinitionError, match=r"called already: write Step\(one\)\.bind"):
+        Saga([one(1)])

@@ -552,7 +552,7 @@ def interrupted(*interruptions, arguments=(), pause=0.05):
     waiting = list(interruptions)
     lines = []
     # Met in the middle of its own code, a loop may leave a coroutine that nobody awaits.
-    strict = ["-X", "dev", "-W", "error"] if pause else []
+    strict = ["-X", "dev", "-W", "error"] if pause else ["-W", "ignore:coroutine:RuntimeWarning"]
     command = [sys.executable, *strict, "-m", "pysagas", "--pace", "0.2"]
     with subprocess.Popen(
         [*command, *arguments],

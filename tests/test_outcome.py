@@ -108,7 +108,7 @@ async def test_repr_names_saga_and_state():
     failed = await Saga([Step(fail)], name="trip").run(exceptions=OSError)
 
     assert "<Outcome of saga 'trip': COMPLETED>" == repr(outcome)
-    assert "<Outcome of saga 'trip': COMPENSATED error=OSError('failed')>" == repr(failed)
+    assert "<Outcome of saga 'trip': COMPENSATED error=OSError('failed') in_doubt=1>" == repr(failed)
     assert "trip" == outcome.saga
 
 

@@ -32,7 +32,9 @@ OnCompensationFailure = Literal["continue", "stop"]
 
 def check_callable(place: str, what: str, value: object) -> None:
     if not callable(value):
-        given = "a coroutine, which is already called" if is_awaitable(value) else repr(value)
+        given = repr(value)
+        if is_awaitable(value):
+            given = "a coroutine, which is called already; give the function, and its arguments apart"
         if isinstance(value, CoroutineType):
             value.close()
         raise SagaDefinitionError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from types import CoroutineType, MethodType
 from typing import Any, Generic, NoReturn, ParamSpec, TypeGuard, TypeVar, cast, overload
 
 from ._attempts import Attempted, Retry, compose_attempts, compose_back
@@ -268,10 +269,11 @@ class Step(Definition[P, T_co]):
         place = f"Step {label!r}"
         check_callable(place, "action", action)
         check_name(place, name)
-        if is_part(action):
+        owner = getattr(action, "__self__", None) if isinstance(action, MethodType) else action
+        if is_part(owner) or (isinstance(owner, type) and issubclass(owner, Definition)):
             raise SagaDefinitionError(
-                f"{place}: the action is a {type(action).__name__}; put it into the saga as it is, "
-                "since a step whose action is a saga would be an independent run"
+                f"{place}: the action is {action!r}, which would be an independent run, of which this "
+                "saga takes nothing back; put the definition itself in the step's place"
             )
         if compensation is not None:
             check_callable(place, "compensation", compensation)
@@ -394,9 +396,9 @@ def check_parts(place: str, parts: Iterable[object], *, in_group: bool, known: s
     named: dict[str, Definition[..., Any]] = {}
     for index, part in enumerate(parts):
         if not is_part(part):
-            hint = f"; write Step({name_of(part)})" if callable(part) else ""
             raise SagaDefinitionError(
-                f"{place}: {known} {index} must be a Step, a Parallel or a Saga, not {part!r}{hint}"
+                f"{place}: {known} {index} must be a Step, a Parallel, a Saga or a Commit, not "
+                f"{part!r}{_hint(part)}"
             )
         definition = definition_of(part)
         if definition.holds_commit() and (in_group or not isinstance(definition, Commit)):
@@ -413,6 +415,18 @@ def check_parts(place: str, parts: Iterable[object], *, in_group: bool, known: s
                 )
         checked.append(part)
     return tuple(checked)
+
+
+def _hint(part: object) -> str:
+    """Says what to write instead of what is no part."""
+    if isinstance(part, CoroutineType):
+        part.close()
+        return f"; it is called already: write Step({part.__name__}).bind(...)"
+    if isinstance(part, type):
+        return f"; write {part.__name__}(...)" if issubclass(part, Definition) else ""
+    if isinstance(part, tuple | list):
+        return "; write Step(action, compensation) for one step, and *members for several parts"
+    return f"; write Step({name_of(part)})" if callable(part) else ""
 
 
 def parts_problem(

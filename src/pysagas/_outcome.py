@@ -164,7 +164,11 @@ class Outcome(Generic[T_co]):
 
     @property
     def in_doubt(self) -> tuple[StepReport, ...]:
-        """The steps that are UNKNOWN: started, not returned, and not taken back."""
+        """The steps that are UNKNOWN: started, not returned, and not taken back.
+
+        A step that has neither a compensation nor an undo is listed too, since it may have had an
+        effect, though nothing of it was to be taken back.
+        """
         return tuple(step for step in self.steps if step.state is StepState.UNKNOWN)
 
     async def rollback(self) -> Outcome[T_co]:
@@ -189,7 +193,9 @@ class Outcome(Generic[T_co]):
 
     def __repr__(self) -> str:
         error = "" if self.error is None else f" error={self.error!r}"
-        return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}>"
+        doubts = len(self.in_doubt)
+        in_doubt = f" in_doubt={doubts}" if doubts else ""
+        return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}{in_doubt}>"
 
 
 def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:

@@ -47,6 +47,17 @@ Ts = TypeVarTuple("Ts")
 
 _UNSET: Any = object()
 
+_STEP_OPTIONS = {
+    "name",
+    "not_applied",
+    "timeout",
+    "retry",
+    "compensation_timeout",
+    "compensation_retry",
+    "shield",
+    "blocking",
+}
+
 _CALLED = {"step": "scope.step: {}", "parallel": "scope.parallel: {}"}
 
 
@@ -171,6 +182,13 @@ class SagaScope:
             undo = None
         if options or sequence.middleware or not fits(action, compensation, undo, len(args)):
             # Built as a Step, which has a say on everything that is wrong with it.
+            unknown = options.keys() - _STEP_OPTIONS
+            if unknown:
+                raise TypeError(
+                    f"scope.step: there is no option {', '.join(map(repr, sorted(unknown)))}; options "
+                    f"are compensation, undo, {', '.join(sorted(_STEP_OPTIONS))}. Keyword arguments of "
+                    "the action itself: scope.step(Step(action, ...), *args, **kwargs)"
+                )
             step: Step[..., Any] = Step(action, compensation, undo=undo, **options)
             return await self._carry_out(step, args, NO_KEYWORDS, "step")
         # The short way, for a step that asks for nothing: as `_carry_out` and `attempt`.
@@ -419,7 +437,7 @@ class SagaScope:
     def _refuse(self, call: str) -> None:
         where = f"scope.{call} on the scope of saga {self._sequence.saga_name!r}"
         if self._closed is not None:
-            raise ScopeClosed(f"{where}: {self._closed}")
+            raise ScopeClosed(f"{where}: {self._closed}; calls belong into the block of the scope")
         if self._in_use == "nested":
             raise ScopeBusy(f"{where}: a nested scope is open; call it on that one, or end it first")
         raise ScopeBusy(
