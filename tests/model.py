@@ -262,6 +262,7 @@ class Reading:
         """
         self.tree = tree
         self.functions = functions
+        self.in_groups = set(parts_in_groups(tree))
         self.start: dict[str, int] = {}
         self.end: dict[str, int] = {}
         self.begin_back: dict[str, int] = {}
@@ -293,7 +294,7 @@ class Reading:
         # The part that ended the run. One in which a cancellation arrives does so, shielded or not.
         stopped = len(tree.parts)
         for index, part in reversed(list(enumerate(tree.parts))):
-            if not self.goes_on(part) or self.happened(part, CANCELS, back=False):
+            if not self.goes_on(part) or self.was_cancelled(part):
                 stopped = index
         if self.cancelled and not loud and stopped == len(tree.parts):
             stopped -= 1  # a group noticed it, though each of its actions was done
@@ -351,13 +352,25 @@ class Reading:
         return "done"
 
     def caught(self, part: Part) -> bool:
-        """G2: tells whether this is a call that failed, was taken back, and whose caller went on."""
+        """G2: tells whether this is a call that failed, was taken back, and whose caller went on.
+
+        A cancellation that comes while it is taken back goes on instead, except in a branch of a
+        group: there it is the group that is cancelled, and the branch at its next checkpoint.
+        """
         return (
             self.functions
             and not isinstance(part, Commit)
             and part.catch
             and self.ended(part) == "failed"
-            and not self.happened(part, CANCELS | {"quit", "back quit", "back failed"}, back=True)
+            and not self.happened(part, {"quit", "back quit", "back failed"}, back=True)
+            and not self.happened(part, CANCELS, back=part not in self.in_groups)
+        )
+
+    def was_cancelled(self, part: Part) -> bool:
+        """Tells whether a cancellation came in its actions, or while a call in it was taken back."""
+        names = {step.name for step in steps_of(part)} - {step.name for step in self._uncaught(part)}
+        return self.happened(part, CANCELS, back=False) or any(
+            what in CANCELS and step in names for what, step in self.events
         )
 
     def goes_on(self, part: Part) -> bool:
@@ -582,6 +595,14 @@ def first_step(part: Part) -> Step | None:
     while isinstance(part, Seq):
         part = part.parts[0]
     return part if isinstance(part, Step) and part.style != "shield" else None
+
+
+def parts_in_groups(part: Part, *, inside: bool = False) -> Iterator[Part]:
+    """Gives the parts that a group runs."""
+    for inner in inner_parts(part):
+        if inside or isinstance(part, Par):
+            yield inner
+        yield from parts_in_groups(inner, inside=inside or isinstance(part, Par))
 
 
 def sagas_around(part: Part, step: Step) -> Iterator[Seq]:

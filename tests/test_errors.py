@@ -22,6 +22,7 @@ from pysagas import (
 from pysagas._errors import (
     add_note,
     describe,
+    give_context,
     leaves,
     notes_of,
     orders_to_quit,
@@ -273,3 +274,21 @@ def test_leaves():
 
     assert [one, two, three] == list(leaves(group))
     assert [one] == list(leaves(one))
+
+
+def test_give_context():
+    """What yields goes to the end of the contexts, once, and before what the two have in common."""
+    outer, first, second, third = KeyError(), ValueError(), OSError(), TypeError()
+    first.__context__ = outer
+    second.__context__ = outer
+    give_context(second, first)
+    assert [second, first, outer] == [second, second.__context__, second.__context__.__context__]
+
+    give_context(second, first)
+    give_context(second, outer)
+    give_context(outer, second)
+    give_context(second, None)
+    assert [first, outer, None] == [second.__context__, first.__context__, outer.__context__]
+
+    give_context(second, third)
+    assert outer.__context__ is third

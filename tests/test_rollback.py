@@ -1381,3 +1381,29 @@ async def test_a_rollback_of_ten_thousand_steps() -> None:
     assert scope.outcome is not None
     assert scope.outcome.state is SagaState.COMPENSATED
     assert {report.state for report in scope.outcome.steps[:-1]} == {StepState.COMPENSATED}
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_g10_g11_a_group_for_which_no_task_can_be_started(world: World) -> None:
+    """Where a loop starts no tasks any more, what is left is reported, not asked for without end."""
+    loop = asyncio.get_running_loop()
+    usual = loop.get_task_factory()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no more tasks")
+
+    with pytest.raises(CompensationFailed) as caught:
+        try:
+            await Saga(
+                [
+                    Parallel(world.member("a"), world.member("b")),
+                    Step(nothing, lambda: loop.set_task_factory(broken), name="last"),
+                    world.step("c", after=Boom()),
+                ]
+            ).run()
+        finally:
+            loop.set_task_factory(usual)
+    assert "no more tasks" in str(caught.value)
+    assert {"a": "COMPLETED", "b": "COMPLETED"}.items() <= states(caught.value.outcome).items()
+    assert caught.value.outcome.state is SagaState.FAILED
+    world.left = {"a", "b"}

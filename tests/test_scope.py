@@ -1207,3 +1207,58 @@ async def test_a_cancelled_block_is_taken_back(world: World) -> None:
     assert world.log == ["a", "-a"]
     assert scope.outcome is not None
     assert isinstance(scope.outcome.error, get_cancelled_exc_class())
+
+
+async def test_g8_a_save_point_in_an_async_generator_that_is_closed(world: World) -> None:
+    """A save-point that ends because its generator is closed is taken back there, and nothing is lost."""
+
+    async def generator(scope: SagaScope) -> AsyncIterator[int]:
+        async with scope.nested() as extras:
+            await extras.step(world.step("a"))
+            yield 1
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        async with aclosing(generator(scope)) as numbers:
+            async for _ in numbers:
+                break
+        assert world.log == ["a", "-a"]
+        await scope.step(world.step("b"))
+
+    outcome = await function.run()
+    assert states(outcome) == {"a": "COMPENSATED", "b": "COMPLETED"}
+
+
+async def test_g7_a_save_point_that_is_open_when_its_saga_ends(world: World) -> None:
+    """A save-point that nobody ended is taken back with the rest, and takes no more calls."""
+    inner: list[SagaScope] = []
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        inner.append(await scope.nested().__aenter__())
+        await inner[0].step(world.step("a"))
+        raise Boom
+
+    with pytest.raises(Boom) as caught:
+        await function()
+    outcome = outcome_of(caught.value)
+    assert outcome is not None
+    assert states(outcome) == {"a": "COMPENSATED"}
+    with pytest.raises(ScopeClosed):
+        await inner[0].step(world.step("b"))
+
+
+async def test_g7_a_save_point_that_ends_after_its_saga(world: World) -> None:
+    """The block of a save-point that outlives its saga is told that it came too late."""
+    held: list[Any] = []
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        held.append(scope.nested())
+        extras = await held[0].__aenter__()
+        await extras.step(world.step("a"))
+
+    with pytest.raises(ScopeBusy):
+        await function()
+    with pytest.raises(ScopeClosed, match="ended after its scope"):
+        await held[0].__aexit__(None, None, None)

@@ -12,7 +12,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from anyio import move_on_after
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import RunVar, checkpoint_if_cancelled
 
 from ._errors import SagaDefinitionError, orders_to_quit
 from ._outcome import StepState
@@ -20,6 +20,8 @@ from ._shelter import call_sheltered
 from ._signatures import is_async, is_awaitable, name_of
 
 if TYPE_CHECKING:
+    from anyio import CapacityLimiter
+
     from ._definitions import Step
 
 __all__ = ["Attempted", "Retry", "attempt", "compose_attempts", "compose_back", "settle"]
@@ -28,6 +30,10 @@ COMPLETED: Final = StepState.COMPLETED
 NOT_APPLIED: Final = StepState.NOT_APPLIED
 NOT_STARTED: Final = StepState.NOT_STARTED
 UNKNOWN: Final = StepState.UNKNOWN
+
+# As many as AnyIO and Trio allow for the way forward, unless told otherwise.
+_THREADS_BACK = 40
+_limiter_back: RunVar[CapacityLimiter] = RunVar("pysagas_threads_back")
 
 
 class Retry(Protocol):
@@ -80,7 +86,7 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
             with move_on_after(step.timeout) as limit:
                 result = await settle(step.action(*record.args, **record.kwargs))
         elif step.blocking:
-            result = await _in_thread(step, step.action, record.args, record.kwargs)
+            result = await _in_thread(step, step.action, record.args, record.kwargs, _one_thread())
         else:
             result = await settle(step.action(*record.args, **record.kwargs))
     except BaseException as error:
@@ -167,7 +173,7 @@ def compose_back(
 
     async def once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         if threaded:
-            return await _in_thread(step, back, args, kwargs)
+            return await _in_thread(step, back, args, kwargs, _threads_back())
         if limit is None:
             return await settle(back(*args, **kwargs))
         with move_on_after(limit) as scope:
@@ -186,21 +192,40 @@ def compose_back(
     return taken_back
 
 
+def _one_thread() -> CapacityLimiter:
+    """For an action: its thread has been waited for already, where that could be cancelled."""
+    from anyio import CapacityLimiter  # noqa: PLC0415 - few steps need threads
+
+    return CapacityLimiter(1)
+
+
+def _threads_back() -> CapacityLimiter:
+    """For the way back: a number of threads of its own, so that it never waits for the way forward."""
+    from anyio import CapacityLimiter  # noqa: PLC0415 - few steps need threads
+
+    try:
+        return _limiter_back.get()
+    except LookupError:
+        limiter = CapacityLimiter(_THREADS_BACK)
+        _limiter_back.set(limiter)
+        return limiter
+
+
 async def _in_thread(
     step: Step[..., Any],
     function: Callable[..., object],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    limiter: CapacityLimiter,
 ) -> object:
+    from anyio import to_thread  # noqa: PLC0415 - few steps need threads
+
     def call() -> list[object]:
         # Boxed: Trio refuses an awaitable from a thread with a message that names neither step nor
         # function.
         return [function(*args, **kwargs)]
 
-    from anyio import CapacityLimiter, to_thread  # noqa: PLC0415 - few steps need threads
-
-    # A limiter of its own: who calls this waits for a free thread before, or, going back, must not.
-    (result,) = await to_thread.run_sync(call, limiter=CapacityLimiter(1))
+    (result,) = await to_thread.run_sync(call, limiter=limiter)
     if is_awaitable(result):
         if isinstance(result, CoroutineType):
             result.close()

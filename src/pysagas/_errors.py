@@ -9,7 +9,7 @@ A step's own failure is none of these: it reaches the caller as the exception th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -150,14 +150,34 @@ def without_cancellation(error: BaseException, cancelled: type[BaseException]) -
 
 def give_context(error: BaseException, earlier: BaseException | None) -> None:
     """Puts what yields at the end of the contexts of what goes on, so that a traceback shows it."""
-    if earlier is None:
+    if earlier is None or any(context is error for context in _contexts(earlier)):
         return
-    known = set(map(id, _contexts(earlier)))
     last = error
-    for last in _contexts(error):
-        if id(last) in known:
+    # The two may have a context in common, what was being handled when all this began: then what
+    # yields goes before it.
+    shared = set(map(id, _contexts(earlier)))
+    for context in _contexts(error):
+        if context is earlier:
             return
-    last.__context__ = earlier
+        if id(context) in shared:
+            break
+        last = context
+    BaseException.__setattr__(last, "__context__", earlier)  # it may be a frozen dataclass
+
+
+def raise_as_it_is(error: BaseException) -> NoReturn:
+    """Raises an exception with the context that it has.
+
+    ``raise`` sets the context to what is being handled at that moment, further out, and what yielded
+    would be lost.
+    """
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        # Not an assignment: an exception class may be a frozen dataclass.
+        BaseException.__setattr__(error, "__context__", context)
+        del context, error  # the traceback holds this frame
 
 
 def _contexts(error: BaseException) -> Iterator[BaseException]:

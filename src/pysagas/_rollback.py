@@ -174,10 +174,10 @@ async def _unwind(sequence: Sequence, start: int) -> None:
                     result: Any = way[0](*way[1], **way[2])
                     if result.__class__ is CoroutineType or is_awaitable(result):
                         await result
-                except GeneratorExit:
-                    raise
                 except BaseException as error:
                     sequence.failed(entry, (*sequence.path, index), error)
+                    if isinstance(error, GeneratorExit):
+                        raise
                 else:
                     entry.state = COMPENSATED
             elif must_take_back(entry):
@@ -219,9 +219,11 @@ async def _unwind_group(group: Group, owner: Sequence) -> None:
     while waiting and not owner.begins_no_more():
         tasks = min(len(waiting), limit or len(waiting))
         late = await shelter(work, tasks=tasks, reachable=True)
-        if orders_to_quit(late):
+        if orders_to_quit(late) or isinstance(late, Exception):
             assert late is not None
             owner.run.failed_at(group.path, late)
+        if isinstance(late, Exception):
+            return  # no tasks can be started: what is left is reported, not asked for ever
 
 
 async def _unwind_member(group: Group, index: int, owner: Sequence) -> None:
@@ -241,10 +243,10 @@ async def _unwind_member(group: Group, index: int, owner: Sequence) -> None:
         result: Any = way[0](*way[1], **way[2])
         if is_awaitable(result):
             await result
-    except GeneratorExit:
-        raise
     except BaseException as error:
         owner.failed(member, place.path, error)
+        if isinstance(error, GeneratorExit):
+            raise
     else:
         member.state = COMPENSATED
 

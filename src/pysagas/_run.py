@@ -15,6 +15,7 @@ from ._errors import (
     give_context,
     leaves,
     orders_to_quit,
+    raise_as_it_is,
 )
 from ._log import (
     COMPENSATED,
@@ -113,7 +114,7 @@ async def conclude(
             raise
     chosen = verdict(root, root.path, error, late)
     assert chosen is not None
-    restored = not run.failures and not root.committed
+    restored = not (run.failures or root.committed or must_take_back(root))
     outcome: Outcome[Any] = Outcome(
         root, SagaState.COMPENSATED if restored else SagaState.FAILED, None, chosen
     )
@@ -127,7 +128,7 @@ async def conclude(
     if restored and chosen is error and is_expected(error, expected):
         return outcome
     try:
-        raise chosen
+        raise_as_it_is(chosen)
     finally:
         del chosen, error, late
 
@@ -242,7 +243,7 @@ async def run_through(
     else:
         attach_outcome(error, inner)
     try:
-        raise error
+        raise_as_it_is(error)
     finally:
         del error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from types import CoroutineType, FunctionType, TracebackType
+from types import CoroutineType, FunctionType, MethodType, TracebackType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -17,7 +17,7 @@ from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN, Retry
 from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
 from ._definitions import Bound, Definition, Parallel, Step, is_part
 from ._effects import Middleware, current_place, reset_place
-from ._errors import SagaDefinitionError, ScopeBusy, ScopeClosed
+from ._errors import SagaDefinitionError, ScopeBusy, ScopeClosed, raise_as_it_is
 from ._forward import carry_out, carry_out_commit, new_entry, note_failure
 from ._log import (
     NO_KEYWORDS,
@@ -72,7 +72,7 @@ class SagaScope:
             other scopes.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_in_use", "_sequence", "_sets_place", "outcome")
+    __slots__ = ("__weakref__", "_closed", "_in_use", "_nested", "_sequence", "_sets_place", "outcome")
 
     outcome: Outcome[None] | None
 
@@ -86,6 +86,8 @@ class SagaScope:
         self._closed: str | None = None
         # The call that is under way; None where there is none.
         self._in_use: str | None = None
+        # The nested scope that is open; None where there is none.
+        self._nested: SagaScope | None = None
         self.outcome = None
 
     def __repr__(self) -> str:
@@ -180,7 +182,12 @@ class SagaScope:
             compensation = None
         if undo is _UNSET:
             undo = None
-        if options or sequence.middleware or not fits(action, compensation, undo, len(args)):
+        if (
+            options
+            or sequence.middleware
+            or not fits(action, compensation, undo, len(args))
+            or (action.__class__ is MethodType and isinstance(action.__self__, Definition))
+        ):
             # Built as a Step, which has a say on everything that is wrong with it.
             unknown = options.keys() - _STEP_OPTIONS
             if unknown:
@@ -494,6 +501,7 @@ class SagaScope:
     async def _take_back(self, index: int, error: BaseException) -> None:
         """Takes one entry back; returns for `error` itself to be raised."""
         if isinstance(error, GeneratorExit):
+            self._in_use = None
             return  # nothing can be awaited any more; the end of the run says what that leaves
         sequence = self._sequence
         entry = sequence.entries[index]
@@ -507,10 +515,7 @@ class SagaScope:
         if sequence.run.failures_in(path):
             self._closed = "something in it could not be taken back, so it ends failed"
         if chosen is not None and chosen is not error:
-            try:
-                raise chosen
-            finally:
-                del chosen, error, late
+            raise_as_it_is(chosen)
         if isinstance(error, ScopeClosed):
             raise error
 
@@ -518,7 +523,10 @@ class SagaScope:
         """Closes the scope; says what is wrong with that."""
         wrong: BaseException | None = None
         if self._in_use is not None:
-            self._sequence.in_flight = True
+            if self._nested is None:
+                self._sequence.in_flight = True
+            else:
+                self._nested._end(how)  # only a call that is running is left to its own task
             wrong = ScopeBusy(
                 f"the scope of saga {self._sequence.saga_name!r} ended while its {self._in_use} was "
                 "under way in another task; wait for that task within the scope's block"
@@ -566,7 +574,7 @@ class _Nested(AbstractAsyncContextManager[SagaScope]):
         )
         sequence.entries.append(inner)
         around._in_use = "nested"
-        self._scope = SagaScope(inner, sets_place=around._sets_place)
+        self._scope = around._nested = SagaScope(inner, sets_place=around._sets_place)
         return self._scope
 
     async def __aexit__(
@@ -577,6 +585,14 @@ class _Nested(AbstractAsyncContextManager[SagaScope]):
     ) -> None:
         wrong = self._scope._end("its block has ended")
         around = self._around
+        around._nested = None
+        if isinstance(error, GeneratorExit) and _thrown_at_yield(error):
+            try:
+                await around._take_back(self._index, _generator_closed(error))
+            except ScopeClosed:
+                return  # all is taken back, and the generator's own GeneratorExit goes on
+        if around._closed is not None and error is None:
+            wrong = around._too_late("nested")  # ended after the scope around it
         if error is None and wrong is None:
             around._in_use = None
             return
@@ -649,8 +665,7 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
         expected = self._expected if cause is error else ()
         if isinstance(error, GeneratorExit) and _thrown_at_yield(error):
             # `aclose` of an async generator, where awaiting works: so this is an end like another.
-            cause = ScopeClosed("the async generator around the saga was closed")
-            cause.__context__ = error
+            cause = _generator_closed(error)
             expected = ()
         try:
             scope.outcome = await conclude(self._root, None, cause, expected)
@@ -662,6 +677,12 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
                 return False
             raise
         return error is not None
+
+
+def _generator_closed(error: GeneratorExit) -> ScopeClosed:
+    closed = ScopeClosed("the async generator around the saga was closed")
+    closed.__context__ = error
+    return closed
 
 
 def _thrown_at_yield(error: GeneratorExit) -> bool:

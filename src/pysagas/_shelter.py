@@ -78,7 +78,9 @@ async def shelter(
         async with create_task_group() as group:
             group.cancel_scope.shield = not reachable
 
-            async def wait_while(left: Callable[[], int], wait: Callable[[], Awaitable[None]]) -> None:
+            async def wait_while(
+                left: Callable[[], object], wait: Callable[[], Awaitable[None]]
+            ) -> None:
                 nonlocal late
                 while left():
                     try:
@@ -93,13 +95,14 @@ async def shelter(
             if not reachable:
                 await wait_while(lambda: running, all_ended.wait)
             else:
-                # A child that is gone before its first line cancels the group's scope, which a
-                # shielded wait would never notice: so all must have begun before.
+                # A child that is cancelled before its first line is gone, and a shielded wait would
+                # never notice: so all must have begun before. Loops start new tasks in their next
+                # round; who has not begun by then never will, and the group's own wait sees to it.
+                rounds = iter(range(3))
                 await wait_while(
-                    lambda: 0 if group.cancel_scope.cancel_called else waiting,
-                    cancel_shielded_checkpoint,
+                    lambda: waiting and next(rounds, None) is not None, cancel_shielded_checkpoint
                 )
-                if not group.cancel_scope.cancel_called:
+                if not waiting:
                     with CancelScope(shield=True):
                         await wait_while(lambda: running, all_ended.wait)
     except BaseException as error:
