@@ -1407,3 +1407,36 @@ async def test_g10_g11_a_group_for_which_no_task_can_be_started(world: World) ->
     assert {"a": "COMPLETED", "b": "COMPLETED"}.items() <= states(caught.value.outcome).items()
     assert caught.value.outcome.state is SagaState.FAILED
     world.left = {"a", "b"}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_g9_cancel_all_while_members_wait_to_be_taken_back(world: World) -> None:
+    """Members that had not begun when all tasks were cancelled are taken back, and cut no others."""
+    known = asyncio.all_tasks()
+
+    async def back() -> None:
+        for task in asyncio.all_tasks() - known:
+            task.cancel()
+        await checkpoint()
+
+    one = Saga([world.member("a"), world.member("b")])
+    other = Saga([world.member("d"), world.member("e")])
+    task = asyncio.create_task(
+        Saga([Parallel(Step(nothing, back, name="first"), one, other), world.step("c", after=Boom())])()
+    )
+    with suppress(asyncio.CancelledError):
+        await asyncio.wait([task])
+    error = task.exception() if not task.cancelled() else None
+    assert isinstance(error, CompensationFailed)
+    reports = [(step.name, step.state.name) for step in error.outcome.steps]
+    assert reports == [
+        ("first", "COMPENSATION_FAILED"),
+        ("a", "COMPENSATED"),
+        ("b", "COMPENSATED"),
+        ("d", "COMPENSATED"),
+        ("e", "COMPENSATED"),
+        ("c", "COMPENSATED"),
+    ]
+    gc.collect()

@@ -43,9 +43,8 @@ def test_weightiest(errors: tuple[BaseException | None, ...], chosen: BaseExcept
     assert weightiest(*errors) is chosen
 
 
-@pytest.mark.parametrize("reachable", [False, True])
 @pytest.mark.parametrize("tasks", [1, 3])
-async def test_undisturbed_work_runs_once_a_child(tasks: int, reachable: bool) -> None:
+async def test_undisturbed_work_runs_once_a_child(tasks: int) -> None:
     """The work runs in each child, all at the same time, and nothing is handed back."""
     running, most = 0, 0
 
@@ -56,7 +55,7 @@ async def test_undisturbed_work_runs_once_a_child(tasks: int, reachable: bool) -
         await rounds()
         running -= 1
 
-    assert await shelter(work, tasks=tasks, reachable=reachable) is None
+    assert await shelter(work, tasks=tasks) is None
     assert (running, most) == (0, tasks)
 
 
@@ -114,34 +113,8 @@ async def test_g9_a_shelter_in_a_scope_that_was_cancelled_before() -> None:
     assert scope.cancelled_caught
 
 
-async def test_a_reachable_shelter_is_cancelled_by_the_scopes_between() -> None:
-    """Children in a reachable shelter are cancelled by the scope of a time limit, and end first."""
-    ended = []
-
-    async def work() -> None:
-        try:
-            await sleep_forever()
-        finally:
-            ended.append("child")
-
-    async def limited() -> None:
-        with CancelScope() as limit:
-            tasks.start_soon(cancel_when_blocked, limit)
-            await shelter(work, tasks=2, reachable=True)
-            ended.append("shelter")
-
-    async def cancel_when_blocked(limit: CancelScope) -> None:
-        await all_blocked()
-        limit.cancel()
-
-    async with create_task_group() as tasks:
-        await limited()
-    assert ended == ["child", "child", "shelter"]
-
-
-@pytest.mark.parametrize("reachable", [False, True])
 @on_asyncio_only
-async def test_g9_a_native_cancellation_in_a_shelter_within_a_shelter(reachable: bool) -> None:
+async def test_g9_a_native_cancellation_in_a_shelter_within_a_shelter() -> None:
     """A shelter in a child goes on when that child is cancelled by somebody who cancels all tasks."""
     work = Held()
     child: list[asyncio.Task[Any] | None] = []
@@ -149,7 +122,7 @@ async def test_g9_a_native_cancellation_in_a_shelter_within_a_shelter(reachable:
 
     async def outer() -> None:
         child.append(asyncio.current_task())
-        returned.append(await shelter(work, tasks=2, reachable=reachable))
+        returned.append(await shelter(work, tasks=2))
 
     async with create_task_group() as tasks:
         tasks.start_soon(shelter, outer)
@@ -163,10 +136,9 @@ async def test_g9_a_native_cancellation_in_a_shelter_within_a_shelter(reachable:
 
 
 @never_awaited
-@pytest.mark.parametrize("reachable", [False, True])
 @pytest.mark.parametrize("tasks", [1, 3])
 @on_asyncio_only
-async def test_g9_children_cancelled_before_their_first_line(tasks: int, reachable: bool) -> None:
+async def test_g9_children_cancelled_before_their_first_line(tasks: int) -> None:
     """A child that is gone without a trace is not waited for: the caller sees that work is left."""
     begun = []
     known = asyncio.all_tasks()
@@ -179,18 +151,17 @@ async def test_g9_children_cancelled_before_their_first_line(tasks: int, reachab
         begun.append("child")
 
     asyncio.get_running_loop().call_soon(cancel_children)
-    await shelter(work, tasks=tasks, reachable=reachable)
+    await shelter(work, tasks=tasks)
     assert begun == []
     # And then it can be tried again.
-    assert await shelter(work, tasks=tasks, reachable=reachable) is None
+    assert await shelter(work, tasks=tasks) is None
     assert begun == ["child"] * tasks
     gc.collect()
 
 
 @never_awaited
-@pytest.mark.parametrize("reachable", [False, True])
 @on_asyncio_only
-async def test_g9_caller_and_children_cancelled_before_their_first_line(reachable: bool) -> None:
+async def test_g9_caller_and_children_cancelled_before_their_first_line() -> None:
     """The same where the caller is cancelled too: that comes back to him."""
     known = asyncio.all_tasks()
     begun = []
@@ -204,9 +175,9 @@ async def test_g9_caller_and_children_cancelled_before_their_first_line(reachabl
 
     async def caller() -> None:
         asyncio.get_running_loop().call_soon(cancel_all)
-        late = await shelter(work, reachable=reachable)
+        late = await shelter(work)
         while not begun:
-            late = weightiest(late, await shelter(work, reachable=reachable))
+            late = weightiest(late, await shelter(work))
         raise late
 
     task = asyncio.create_task(caller())

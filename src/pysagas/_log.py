@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from anyio import CancelScope, current_time, get_cancelled_exc_class
@@ -305,6 +306,16 @@ class Sequence:
                 return True
             level = level.parent
         return False
+
+    def deadline(self) -> float:
+        """The time at which the rollback under way has to end; infinity where there is no limit."""
+        deadline = inf
+        level: Sequence | None = self
+        while level is not None:
+            if level.ends_at is not None:
+                deadline = min(deadline, level.ends_at.deadline)
+            level = level.parent
+        return deadline
 
     def is_out_of_time(self) -> bool:
         """Tells whether the time limit of the rollback under way has passed.

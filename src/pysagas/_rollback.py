@@ -209,16 +209,19 @@ async def _unwind_group(group: Group, owner: Sequence) -> None:
     async def work() -> None:
         # Each task takes the next member that waits: so members are entered in the order given,
         # whatever the order in which a loop starts tasks.
-        while waiting and not owner.begins_no_more():
-            await _unwind_member(group, waiting.popleft(), owner)
-            if not limited:
-                return
+        # A scope of its own keeps it from that of the group, which is cancelled if another task is
+        # cancelled before its first line; what ends it is the time limit alone.
+        with CancelScope(shield=True, deadline=owner.deadline()):
+            while waiting and not owner.begins_no_more():
+                await _unwind_member(group, waiting.popleft(), owner)
+                if not limited:
+                    return
 
     limit = group.definition.limit
     limited = limit is not None and limit < len(waiting)
     while waiting and not owner.begins_no_more():
         tasks = min(len(waiting), limit or len(waiting))
-        late = await shelter(work, tasks=tasks, reachable=True)
+        late = await shelter(work, tasks=tasks)
         if orders_to_quit(late) or isinstance(late, Exception):
             assert late is not None
             owner.run.failed_at(group.path, late)

@@ -18,8 +18,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class
-from anyio.lowlevel import cancel_shielded_checkpoint
+from anyio import Event, create_task_group, get_cancelled_exc_class
 
 from ._errors import give_context, leaves, orders_to_quit, was_closed
 
@@ -43,16 +42,13 @@ def weightiest(*errors: BaseException | None) -> BaseException | None:
     return chosen
 
 
-async def shelter(
-    work: Callable[[], Awaitable[object]], *, tasks: int = 1, reachable: bool = False
-) -> BaseException | None:
+async def shelter(work: Callable[[], Awaitable[object]], *, tasks: int = 1) -> BaseException | None:
     """Runs `work` in child tasks that no cancellation of the calling task reaches.
 
     Args:
         work: Called once in each child. It must not raise: it stores what it has to say.
-        tasks: How many children.
-        reachable: Whether scopes around this may cancel the children: within an outer shelter, those
-            are the time limits of the work itself. The wait is shielded from them, too.
+        tasks: How many children. Where there are several, each has to shield itself too: if one is
+            cancelled before its first line, the group cancels the others.
 
     Returns:
         The interruption that arrived meanwhile (a cancellation, KeyboardInterrupt), for the caller
@@ -60,13 +56,12 @@ async def shelter(
         ended; some may never have begun.
     """
     late: BaseException | None = None
-    waiting, running = tasks, tasks
+    running = tasks
     all_ended = Event()
     before = sys.exception()
 
     async def child() -> None:
-        nonlocal running, waiting
-        waiting -= 1
+        nonlocal running
         try:
             await work()
         finally:
@@ -76,35 +71,16 @@ async def shelter(
 
     try:
         async with create_task_group() as group:
-            group.cancel_scope.shield = not reachable
-
-            async def wait_while(
-                left: Callable[[], object], wait: Callable[[], Awaitable[None]]
-            ) -> None:
-                nonlocal late
-                while left():
-                    try:
-                        await wait()
-                    except BaseException as error:
-                        if isinstance(error, GeneratorExit) or group.cancel_scope.cancel_called:
-                            raise
-                        late = weightiest(late, error)
-
+            group.cancel_scope.shield = True
             for _ in range(tasks):
                 group.start_soon(child)
-            if not reachable:
-                await wait_while(lambda: running, all_ended.wait)
-            else:
-                # A child that is cancelled before its first line is gone, and a shielded wait would
-                # never notice: so all must have begun before. Loops start new tasks in their next
-                # round; who has not begun by then never will, and the group's own wait sees to it.
-                rounds = iter(range(3))
-                await wait_while(
-                    lambda: waiting and next(rounds, None) is not None, cancel_shielded_checkpoint
-                )
-                if not waiting:
-                    with CancelScope(shield=True):
-                        await wait_while(lambda: running, all_ended.wait)
+            while running:
+                try:
+                    await all_ended.wait()
+                except BaseException as error:
+                    if isinstance(error, GeneratorExit) or group.cancel_scope.cancel_called:
+                        raise
+                    late = weightiest(late, error)
     except BaseException as error:
         if was_closed(error, before):
             raise GeneratorExit from error
