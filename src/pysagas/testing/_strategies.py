@@ -1,0 +1,80 @@
+"""Plans drawn by Hypothesis: several faults in one run, shrunk to the fewest that do the harm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ._explore import Exploration, Only
+from ._faults import MakeTrial, Plan
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+__all__ = ["fault_plans"]
+
+
+def fault_plans(
+    trial: MakeTrial,
+    *,
+    most: int = 3,
+    only: Only | None = None,
+    backend: str = "asyncio",
+    backend_options: Mapping[str, Any] | None = None,
+) -> SearchStrategy[Plan]:
+    """Draws plans of some faults that can happen in one run, for ``hypothesis.given``.
+
+    To be tried with `explore`: ``report = anyio.run(explore, trial, [plan])``. A plan that fails is
+    shrunk to the fewest faults, at the earliest places. The saga is run while plans are drawn: to
+    learn its places, and what can still happen after a fault; each such run is made once.
+
+    Args:
+        trial: As for `explore`.
+        most: Faults in one plan, at least 1.
+        only: As for `explore`.
+        backend: As for `pysagas.testing.faults`.
+        backend_options: As for ``anyio.run``.
+
+    Raises:
+        ImportError: Hypothesis is not installed.
+        ValueError: `most` is no number of faults.
+        CannotExplore: As for `explore`, when a plan is drawn.
+    """
+    try:
+        from hypothesis import strategies as st  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ImportError(
+            'fault_plans needs Hypothesis, which is not installed: pip install "pysagas[testing]"'
+        ) from error
+    if most < 1:
+        raise ValueError(f"fault_plans: most must be at least 1, not {most!r}")
+    run = partial(anyio.run, backend=backend, backend_options=dict(backend_options or {}))
+    exploration = Exploration(trial)
+    # By what is planned so far: what could be added.
+    known: dict[Plan | None, list[Plan]] = {}
+
+    async def first() -> list[Plan]:
+        await exploration.learn()
+        return exploration.plans(only)
+
+    async def next_after(plan: Plan) -> list[Plan]:
+        return exploration.following(await exploration.run(plan), only)
+
+    def choices(plan: Plan | None) -> list[Plan]:
+        if plan not in known:
+            known[plan] = run(first) if plan is None else run(next_after, plan)
+        return known[plan]
+
+    @st.composite
+    def plans(draw: DrawFn) -> Plan:
+        plan = draw(st.sampled_from(choices(None)))
+        for _ in range(draw(st.integers(0, most - 1)) if plan.faults else 0):
+            later = choices(plan)
+            if later:
+                plan = draw(st.sampled_from(later))
+        return plan
+
+    return plans()

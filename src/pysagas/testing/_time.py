@@ -1,0 +1,31 @@
+"""Time that passes at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["virtual_time"]
+
+
+def virtual_time(*, threshold: float = 0.0) -> dict[str, Any]:
+    """Gives the backend options with which Trio's clock jumps to whatever is waited for.
+
+    So retries and timeouts cost nothing: ``anyio.run(test, backend="trio",
+    backend_options=virtual_time())``, or, with AnyIO's plugin for pytest, a fixture
+    ``anyio_backend`` that returns ``("trio", virtual_time())``. Each run needs new ones. asyncio
+    has no such clock.
+
+    Args:
+        threshold: Seconds of real time in which nothing may happen before the clock jumps. Zero is
+            right unless worker threads or sockets are waited for.
+
+    Raises:
+        ImportError: Trio is not installed.
+    """
+    try:
+        from trio.testing import MockClock  # noqa: PLC0415 - Trio is an extra
+    except ImportError as error:
+        raise ImportError(
+            'virtual_time is a clock of Trio, which is not installed: pip install "pysagas[trio]"'
+        ) from error
+    return {"clock": MockClock(autojump_threshold=threshold)}

@@ -1,0 +1,126 @@
+"""Whether everything is as it should be after a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from anyio import get_cancelled_exc_class
+
+from pysagas import CompensationFailed, Outcome, SagaState, StepReport, StepState
+
+from ._faults import CannotExplore, Fault, FaultKind
+from ._report import Result, differences
+from ._run import TrialRun
+
+__all__ = ["UNKNOWN", "all_differences", "judge", "same"]
+
+UNKNOWN = object()
+
+
+def judge(run: TrialRun, once: object) -> Result:
+    """Says whether everything is as it should be after a run.
+
+    Args:
+        run: What was seen.
+        once: The state in which a run without a fault comes to its end; UNKNOWN where that is not
+            the same each time.
+    """
+    result = Result(run.plan, outcome=run.outcome, error=run.error)
+    missed = [fault for fault in run.plan.faults if fault not in run.happened]
+    if missed:
+        # What comes second in a group is the loop's choice; the first fault must happen.
+        if len(missed) == len(run.plan.faults) or not run.groups:
+            return replace(result, problem=f"the planned fault did not happen: {missed[0]}")
+        result = replace(result, reached=False)
+    outcome = run.outcome
+    if outcome is None:
+        return replace(result, problem=f"the run ended without an outcome, by {run.error!r}")
+    reports = {report.path: report for report in outcome.steps}
+    for fault, error in run.happened.items():
+        problem = _evidence(fault, error, reports.get(fault.place.path)) or _swallowed(run, fault)
+        if problem is not None:
+            return replace(result, problem=problem)
+    failed = [report for report in outcome.steps if report.state is StepState.COMPENSATION_FAILED]
+    planned = {
+        fault.place.path: error
+        for fault, error in run.happened.items()
+        if fault.place.kind == "compensation" and error is not None
+    }
+    if any(report.path in planned for report in failed):
+        # Not everything can be restored then; but that has to be told.
+        told = run.error.failures if isinstance(run.error, CompensationFailed) else ()
+        if outcome.state is not SagaState.FAILED or not any(e in told for e in planned.values()):
+            return replace(result, problem=f"a compensation failed, but the caller got {run.error!r}")
+        return replace(result, reported=True, outcome=None, error=None)
+    left = tuple(all_differences(run.before, run.after))
+    if failed:
+        problem = f"taking back {failed[0].name} failed: {failed[0].compensation_error!r}"
+        return replace(result, problem=problem, left=left)
+    if left:
+        return replace(result, problem=_what_is_left(outcome), left=left)
+    if run.ended is not None and _only_repeated(run, reports):
+        left = () if once is UNKNOWN else tuple(all_differences(once, run.at_end))
+        if left:
+            names = ", ".join(str(fault.place) for fault in run.happened)
+            problem = f"{names}: done twice, it leaves something else than done once"
+            return replace(result, problem=problem, left=left)
+    # Of what is as it should be, nothing is kept: there may be many thousands.
+    return replace(result, outcome=None, error=None)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compares two states.
+
+    Raises:
+        CannotExplore: They cannot be compared.
+    """
+    try:
+        return bool(one == other)
+    except Exception as error:
+        raise CannotExplore(
+            f"the trial's states cannot be compared by ==: {error!r}; let it return plain values"
+        ) from error
+
+
+def all_differences(one: object, other: object) -> Iterator[str]:
+    """Says where two states differ, if they do."""
+    if not same(one, other):
+        yield from differences(one, other)
+
+
+def _evidence(fault: Fault, error: Exception | None, report: StepReport | None) -> str | None:
+    """Says why a fault cannot have happened where it was planned, by the saga's own report."""
+    place = fault.place
+    if report is None or report.name != place.name:
+        return f"{fault}: the saga's report has no such step at {place.path}, but {report}"
+    reported = report.error if place.kind == "action" else report.compensation_error
+    if error is not None and reported is not error and not place.retried:
+        return f"{fault}: the saga's report has {reported!r} instead"
+    return None
+
+
+def _swallowed(run: TrialRun, fault: Fault) -> str | None:
+    """Says that a cancellation did not reach the caller."""
+    native = fault.kind is FaultKind.CANCELLED_NATIVELY
+    # A scope that is cancelled during a rollback does not interrupt it, and need not be met.
+    to_be_met = native or (fault.kind is FaultKind.CANCELLED and fault.place.kind == "action")
+    if to_be_met and not isinstance(run.error, (get_cancelled_exc_class(), CompensationFailed)):
+        return f"the cancellation was swallowed: the run ended with {run.error!r}"
+    return None
+
+
+def _only_repeated(run: TrialRun, reports: dict[tuple[int, ...], StepReport]) -> bool:
+    """Tells whether all that went wrong is that actions were done again, and then were done."""
+    return bool(run.happened) and all(
+        fault.place.kind == "action"
+        and (fault.kind is FaultKind.RUNS_TWICE or fault.once)
+        and reports[fault.place.path].error is None
+        for fault in run.happened
+    )
+
+
+def _what_is_left(outcome: Outcome[Any]) -> str:
+    doubts = ", ".join(step.name for step in outcome.in_doubt)
+    return f"not taken back; in doubt, and not compensated: {doubts}" if doubts else "not taken back"

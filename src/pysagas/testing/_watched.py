@@ -1,0 +1,287 @@
+"""A saga whose every action and compensation can be watched, and made to go wrong.
+
+Faults have to happen where the user's own function is called: what a middleware raises around it is
+the failure of a step that never started, or of one that has completed, and it is the steps in
+doubt that go wrong in practice. So the definitions are rebuilt with each function wrapped; for a
+saga as a function, the scope that it is given does so at each call. All else stays as it was: the
+engine runs the same tree with the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
+from functools import partial, update_wrapper
+from inspect import isawaitable, iscoroutinefunction
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from pysagas import (
+    Bound,
+    CallNext,
+    Effect,
+    Parallel,
+    Saga,
+    SagaScope,
+    Step,
+    current_effect,
+    saga,
+)
+
+from ._faults import Place
+
+__all__ = ["Watcher", "current_watcher", "watched"]
+
+Function = Callable[..., Any]
+
+
+class Watcher(Protocol):
+    """Who watches one run. Each method may raise: that is the fault."""
+
+    def enter(self, place: Place) -> None:
+        """A function is about to be called."""
+        ...
+
+    def checkpoint(self, place: Place) -> None:
+        """It is about to wait."""
+        ...
+
+    def done(self, place: Place) -> bool:
+        """It has returned; tells whether it is to be called again."""
+        ...
+
+    async def around(self, effect: Effect, call_next: CallNext) -> object:
+        """The outermost middleware of the run."""
+        ...
+
+
+# Of the run that is under way: the rebuilt definitions are used for many runs. Worker threads and
+# child tasks see it too.
+current_watcher: ContextVar[Watcher] = ContextVar("pysagas_watcher")
+
+
+async def _around(effect: Effect, call_next: CallNext) -> object:
+    return await current_watcher.get().around(effect, call_next)
+
+
+def watched(original: Saga[..., Any]) -> Saga[..., Any]:
+    """Rebuilds a saga, so that `current_watcher` sees and changes how it runs."""
+    return _Rebuilding().saga(original, [_around])
+
+
+class _Watching(Awaitable[Any]):
+    """Awaits what a function returned; whenever that waits, the watcher is told first."""
+
+    __slots__ = ("_awaitable", "_place")
+
+    def __init__(self, awaitable: Awaitable[Any], place: Place) -> None:
+        self._awaitable = awaitable
+        self._place = place
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        watcher = current_watcher.get()
+        inner = self._awaitable.__await__()
+        try:
+            yielded = inner.send(None)
+            while True:
+                watcher.checkpoint(self._place)
+                try:
+                    sent = yield yielded
+                except BaseException as error:
+                    yielded = inner.throw(error)
+                else:
+                    yielded = inner.send(sent)
+        except StopIteration as stop:
+            return stop.value
+
+
+class _Rebuilding:
+    """Rebuilds the definitions of one saga; the same one is rebuilt once."""
+
+    def __init__(self) -> None:
+        # By identity, with the original so that its identity stays its own.
+        self._known: dict[int, tuple[object, Any]] = {}
+
+    def part(self, original: Any) -> Any:
+        """Rebuilds what a saga can be made of; gives anything else as it is."""
+        if isinstance(original, Bound):
+            bound = cast("Bound[Any]", original)  # type: ignore[redundant-cast]  # for pyright
+            return self.part(bound.definition).bind(*bound.args, **bound.kwargs)
+        known = self._known.get(id(original))
+        if known is None:
+            known = (original, self._rebuild(original))
+            if known[1] is not original:
+                self._known[id(original)] = known
+        return known[1]
+
+    def _rebuild(self, original: Any) -> Any:
+        rebuilders: dict[Any, Callable[[Any], Any]] = {
+            Step: self._step,
+            Parallel: self._group,
+            Saga: self.saga,
+        }
+        for kind, rebuild in rebuilders.items():
+            if isinstance(original, kind):
+                return rebuild(original)
+        return original
+
+    def _group(self, group: Parallel) -> Parallel:
+        return Parallel(
+            *map(self.part, group.parts),
+            name=group.name,
+            limit=group.limit,
+            on_failure=group.on_failure,
+        )
+
+    def saga(self, original: Saga[..., Any], around: list[Any] | None = None) -> Saga[..., Any]:
+        options: dict[str, Any] = {
+            "name": original.name,
+            "exceptions": original.exceptions,
+            "rollback_timeout": original.rollback_timeout,
+            "on_compensation_failure": original.on_compensation_failure,
+            "middleware": [*(around or ()), *original.middleware],
+        }
+        function = original.function
+        if function is None:
+            return Saga(map(self.part, original.parts), **options)
+
+        async def run(scope: SagaScope, *args: Any, **kwargs: Any) -> Any:
+            return await function(_Scope(scope, self), *args, **kwargs)
+
+        rebuilt: Saga[..., Any] = saga(**options)(run)
+        return rebuilt
+
+    def _step(self, step: Step[..., Any]) -> Step[..., Any]:
+        return Step(
+            self.function(step.action, "action", step.name, step.retry, step.not_applied),
+            self.function(step.compensation, "compensation", step.name, step.compensation_retry),
+            undo=self.function(step.undo, "compensation", step.name, step.compensation_retry),
+            name=step.name if step.explicit_name else None,
+            not_applied=step.not_applied,
+            timeout=step.timeout,
+            retry=step.retry,
+            compensation_timeout=step.compensation_timeout,
+            compensation_retry=step.compensation_retry,
+            shield=step.shield,
+            blocking=step.blocking,
+        )
+
+    def function(
+        self,
+        original: Function | None,
+        kind: Any,
+        name: str,
+        retry: object = None,
+        declared: Any = (),
+    ) -> Any:
+        """Wraps an action, a compensation or an undo; sync or async as it is."""
+        if original is None:
+            return None
+        function = original
+        types: tuple[Any, ...] = tuple(declared) if hasattr(declared, "__iter__") else (declared,)
+
+        def here() -> Place:
+            effect = current_effect()
+            assert effect is not None
+            return Place(kind, effect.path, effect.name, retry is not None, types)
+
+        async def to_its_end(value: Any, place: Place, args: Any, kwargs: Any) -> Any:
+            watcher = current_watcher.get()
+            while True:
+                result = await _Watching(value, place)
+                if not watcher.done(place):
+                    return result
+                value = function(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            watcher, place = current_watcher.get(), here()
+            watcher.enter(place)
+            while True:
+                result = function(*args, **kwargs)
+                if isawaitable(result):
+                    return to_its_end(result, place, args, kwargs)
+                if not watcher.done(place):
+                    return result
+
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            place = here()
+            current_watcher.get().enter(place)
+            return await to_its_end(function(*args, **kwargs), place, args, kwargs)
+
+        wrapper = call_async if _is_async(function) else call
+        update_wrapper(wrapper, function)
+        wrapper.__name__ = name  # a partial has none, and the step is to be called as it was
+        return wrapper
+
+
+def _is_async(function: Function) -> bool:
+    return iscoroutinefunction(function) or iscoroutinefunction(
+        getattr(type(function), "__call__", None)  # noqa: B004 - the method itself is wanted
+    )
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = cast("Any", function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+class _Scope(SagaScope):
+    """A scope that hands each call on to the real one, rebuilt."""
+
+    __slots__ = ("_real", "_rebuilding")
+
+    def __init__(self, real: SagaScope, rebuilding: _Rebuilding) -> None:
+        self._real = real
+        self._rebuilding = rebuilding
+        self.outcome = None
+
+    def __repr__(self) -> str:
+        return repr(self._real)
+
+    async def step(self, action: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        real = cast("Any", self._real)
+        rebuilt = self._rebuilding.part(action)
+        if callable(action) and not isinstance(action, Saga):
+            name = options.get("name") or _name_of(action)
+            wrap = self._rebuilding.function
+            declared = options.get("not_applied", ())
+            rebuilt = wrap(action, "action", name, options.get("retry"), declared)
+            for way in options.keys() & {"compensation", "undo"}:
+                back = options[way]
+                options[way] = wrap(back, "compensation", name, options.get("compensation_retry"))
+        return await real.step(rebuilt, *args, **options)
+
+    async def parallel(self, *members: Any, **options: Any) -> Any:
+        real = cast("Any", self._real)
+        return await real.parallel(*map(self._rebuilding.part, members), **options)
+
+    def nested(self) -> AbstractAsyncContextManager[SagaScope]:
+        return _Nested(self._real.nested(), self._rebuilding)
+
+    async def commit(self) -> None:
+        await self._real.commit()
+
+    def on_rollback(self, function: Any, *args: Any) -> None:  # type: ignore[override]
+        wrapped = self._rebuilding.function(function, "compensation", _name_of(function))
+        self._real.on_rollback(wrapped, *args)
+
+
+class _Nested(AbstractAsyncContextManager[SagaScope]):
+    """The block of a nested scope."""
+
+    def __init__(self, real: AbstractAsyncContextManager[SagaScope], rebuilding: _Rebuilding) -> None:
+        self._real = real
+        self._rebuilding = rebuilding
+
+    async def __aenter__(self) -> SagaScope:
+        return _Scope(await self._real.__aenter__(), self._rebuilding)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._real.__aexit__(kind, error, traceback)
