@@ -95,3 +95,42 @@ def test_the_runner_measures_memory_without_any_time(capsys):
     assert {row.contender for row in rows} >= {contenders.ExitStack.name, *run.OURS}
     assert all(row.unit == "B" and row.values[0] > 0 for row in rows)
     assert "Memory held for rollback" in capsys.readouterr().out
+
+
+exploration = importlib.import_module("exploration")
+
+
+@pytest.mark.parametrize("case", exploration.CASES)
+def test_each_exploration_that_is_measured_explores_something(case):
+    """The sagas whose exploration is measured have the steps that they are said to have."""
+    trial = exploration.CASES[case][0]()
+    places = {part.name for part in trial.saga.parts}
+
+    assert len(places) in (1, 6, 10, 30)
+
+
+def test_exploration_is_measured_by_real_explorations(monkeypatch):
+    """A measured exploration reports on each fault of its saga, and restores them."""
+    small = {"2 steps": (lambda: exploration.trial_of(2), False, 1.0)}
+    monkeypatch.setattr(exploration, "CASES", small)
+
+    seconds, report = exploration.measure("2 steps", "asyncio")
+
+    assert seconds > 0
+    assert report.ok
+    assert {fault.place.name for result in report.results for fault in result.plan.faults} == {
+        "step 0",
+        "step 1",
+    }
+
+
+def test_exploration_prints_a_table(monkeypatch, capsys):
+    """The script prints a row for each case and loop."""
+    small = {"1 step": (lambda: exploration.trial_of(1, group=1), False, 1.0)}
+    monkeypatch.setattr(exploration, "CASES", small)
+    monkeypatch.setattr(sys, "argv", ["exploration.py", "--repeats", "1"])
+
+    exploration.main()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["asyncio", "trio"]

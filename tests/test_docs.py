@@ -27,7 +27,7 @@ INVISIBLE = re.compile(r"^<!--- invisible-code-block: python$", re.MULTILINE)
 # What a line of a shell block may be. `&&` joins several.
 COMMANDS = re.compile(
     r"python3 -m venv \.venv"
-    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[trio\]\")( --group \w+)*"
+    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(trio|testing)\]\")( --group \w+)*"
     r"|\.venv/bin/python -m pysagas"
     r"|\.venv/bin/nox -s [\w-]+( [\w-]+)*( -- .+)?"
 )
@@ -58,6 +58,7 @@ def test_every_example_runs(path):
     document = Document.parse(str(path), PythonCodeBlockParser())
     # As in a file that is run: so that `if __name__ == "__main__"` of an example holds.
     document.namespace["__name__"] = "__main__"
+    document.namespace["__file__"] = str(path)
     examples = list(document.examples())
     visible = [language for _, language, _ in blocks(path)].count("python")
     invisible = len(INVISIBLE.findall(path.read_text(encoding="utf-8")))

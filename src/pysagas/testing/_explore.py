@@ -261,7 +261,7 @@ class Exploration:
     def following(self, run: TrialRun, only: Only | None) -> list[Plan]:
         """Gives the plans of a run with one more fault, which it can still come to."""
         plan = run.plan
-        later = self._possible(run.events[run.first_fault :], only)
+        later = self._possible(run.events[run.last_fault :], only)
         return [
             replace(plan, faults=(*plan.faults, fault)) for fault in later if fault not in plan.faults
         ]

@@ -190,6 +190,9 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan {self}>"
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # asked by Hypothesis, as by IPython
+        printer.text(repr(self))
+
 
 EventKind = Literal["enter", "checkpoint", "done"]
 # What was seen of a place: entered, at its n-th checkpoint, done.

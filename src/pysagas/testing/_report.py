@@ -14,7 +14,7 @@ from ._faults import Place, Plan
 
 __all__ = ["Report", "Result", "differences"]
 
-# Of what was not restored, how many plans are shown in full.
+# How many kinds of harm are shown, and how many plans that do it.
 _SHOWN = 10
 
 
@@ -157,13 +157,21 @@ def _lines(saga: str, results: Sequence[Result], notes: Iterable[str]) -> Iterat
     passed_by = sum(not result.reached for result in results)
     if passed_by:
         yield f"({passed_by} did not come to their second fault)"
-    for result in smallest[:_SHOWN]:
+    # Faults that do the same harm stand together.
+    harms: dict[tuple[object, ...], list[Plan]] = {}
+    for result in smallest:
+        harms.setdefault((result.problem, *result.left), []).append(result.plan)
+    for (problem, *left), plans in list(harms.items())[:_SHOWN]:
         yield ""
-        yield str(result)
-    others = len(smallest) - _SHOWN
-    if others > 0:
+        yield from map(str, plans[:_SHOWN])
+        if len(plans) > _SHOWN:
+            yield f"... and {len(plans) - _SHOWN} more"
+        yield f"    {problem}"
+        for line in left:
+            yield f"      {line}"
+    if len(harms) > _SHOWN:
         yield ""
-        yield f"... and {others} more like these"
+        yield f"... and {len(harms) - _SHOWN} other ways: see report.failures"
     repeats = len(failures) - len(smallest)
     if repeats:
         yield ""

@@ -48,8 +48,8 @@ class TrialRun:
         self.saga = saga
         self.plan = plan
         self.events: list[Event] = []
-        # How many events there were when the first fault happened.
-        self.first_fault = 0
+        # How many events there were when the last of the faults first happened.
+        self.last_fault = 0
         self.groups = 0
         # What was made to happen: the exception raised, if it was one.
         self.happened: dict[Fault, Exception | None] = {}
@@ -105,8 +105,8 @@ class TrialRun:
         return again
 
     def _note(self, fault: Fault, error: Exception | None = None) -> None:
-        if not self.happened:
-            self.first_fault = len(self.events)
+        if fault not in self.happened:
+            self.last_fault = len(self.events)
         self.happened[fault] = error
 
     def _cancel(self, fault: Fault) -> None:
