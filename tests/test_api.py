@@ -117,7 +117,7 @@ def test_aliases_are_what_they_say():
         and not inspect.isfunction(getattr(pysagas, name))
     }
 
-    assert {"CallNext", "EffectKind"} == others
+    assert {"EffectKind"} == others
 
 
 def test_import_brings_in_no_event_loop_library():

@@ -2,7 +2,15 @@
 
 from ._attempts import Retry
 from ._definitions import Bound, Commit, Parallel, Step
-from ._effects import CallNext, Effect, EffectKind, Middleware, current_effect, observer
+from ._effects import (
+    CallNext,
+    Effect,
+    EffectKind,
+    Middleware,
+    StepInHand,
+    current_effect,
+    observer,
+)
 from ._errors import (
     AlreadyCommitted,
     CompensationFailed,
@@ -12,7 +20,7 @@ from ._errors import (
     ScopeBusy,
     ScopeClosed,
 )
-from ._outcome import Outcome, SagaState, StepReport, StepState, outcome_of
+from ._outcome import Outcome, SagaState, StepReport, StepState, attach_outcome, outcome_of
 from ._saga import Saga, SagaBuilder, SagaMethod, saga
 from ._scope import SagaScope, open_saga
 
@@ -39,8 +47,10 @@ __all__ = [
     "ScopeBusy",
     "ScopeClosed",
     "Step",
+    "StepInHand",
     "StepReport",
     "StepState",
+    "attach_outcome",
     "current_effect",
     "observer",
     "open_saga",

@@ -17,6 +17,7 @@ __all__ = [
     "check_blocking",
     "check_callable",
     "check_limit",
+    "check_middleware",
     "check_name",
     "check_retry",
     "check_saga_options",
@@ -47,10 +48,10 @@ def check_callable(place: str, what: str, value: object) -> None:
         )
 
 
-def check_name(place: str, name: object) -> None:
+def check_name(place: str, name: object, *, what: str = "name") -> None:
     """Refuses what is no name."""
     if name is not None and (not isinstance(name, str) or not name):
-        raise SagaDefinitionError(f"{place}: name must be a non-empty string, not {name!r}")
+        raise SagaDefinitionError(f"{place}: {what} must be a non-empty string, not {name!r}")
 
 
 def check_limit(place: str, limit: object) -> None:
@@ -77,15 +78,21 @@ def check_saga_options(
     rollback_timeout: object,
     on_compensation_failure: object,
     middleware: object,
+    version: object = None,
 ) -> None:
     """Refuses options that no saga can have."""
     check_name(place, name)
+    check_name(place, version, what="version")
     check_seconds(place, "rollback_timeout", rollback_timeout)
     if on_compensation_failure not in ("continue", "stop"):
         raise SagaDefinitionError(
             f'{place}: on_compensation_failure must be "continue" or "stop", not '
             f"{on_compensation_failure!r}"
         )
+    check_middleware(place, middleware)
+
+
+def check_middleware(place: str, middleware: object) -> None:
     if not isinstance(middleware, tuple | list):
         raise SagaDefinitionError(
             f"{place}: middleware must be a list or a tuple of callables, not {middleware!r}"

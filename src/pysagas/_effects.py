@@ -7,17 +7,25 @@ effect is made, except for who asks for it with `current_effect`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, Token
 from functools import wraps
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ._errors import MiddlewareError, SagaDefinitionError
+from ._outcome import StepState
 
-__all__ = ["CallNext", "Effect", "EffectKind", "Middleware", "current_effect", "observer"]
+__all__ = [
+    "CallNext",
+    "Effect",
+    "EffectKind",
+    "Middleware",
+    "StepInHand",
+    "current_effect",
+    "observer",
+]
 
 EffectKind = Literal["saga", "group", "action", "rollback", "compensation", "commit"]
-CallNext = Callable[[], Awaitable[object]]
 
 _REPEATABLE = frozenset({"action", "compensation"})
 
@@ -56,6 +64,63 @@ class Effect(NamedTuple):
 
     def _key(self, kind: str) -> str:
         return f"{self.run_id}/{'.'.join(map(str, self.path))}/{kind}"
+
+
+class StepInHand(Protocol):
+    """What the engine knows of the step whose action, or compensation, is the effect."""
+
+    @property
+    def action(self) -> Callable[..., Any]:
+        """The step's action, as it was given."""
+        ...
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What the action is called with."""
+        ...
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """What the action is called with by keyword."""
+        ...
+
+    @property
+    def state(self) -> StepState:
+        """How far it has come."""
+        ...
+
+    @property
+    def result(self) -> Any:
+        """What the action returned; None until it has."""
+        ...
+
+    def recall(
+        self, state: StepState, *, result: object = None, error: BaseException | None = None
+    ) -> None:
+        """Tells the engine how far the action had come when it ran before, in another process.
+
+        For a middleware that remembers, such as a journal: an action that it does not run may be in
+        doubt all the same, and then has to be compensated.
+
+        Args:
+            state: How far it had come.
+            result: What it had returned, for an undo.
+            error: What it had raised, for the report.
+        """
+        ...
+
+
+class CallNext(Protocol):
+    """What a middleware awaits, to let the effect run."""
+
+    @property
+    def step(self) -> StepInHand | None:
+        """The step, for an action or a compensation; None for the other kinds of effects."""
+        ...
+
+    async def __call__(self) -> object:
+        """Runs the effect, through the middleware that stands further in."""
+        ...
 
 
 class Middleware(Protocol):
@@ -109,9 +174,16 @@ def current_effect() -> Effect | None:
 class _CallNext:
     """The rest of a chain, from one middleware on."""
 
-    __slots__ = ("_begun", "_effect", "_ended", "_innermost", "_middleware", "_running")
+    __slots__ = ("_begun", "_effect", "_ended", "_innermost", "_middleware", "_running", "step")
 
-    def __init__(self, middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext) -> None:
+    def __init__(
+        self,
+        middleware: tuple[Middleware, ...],
+        effect: Effect,
+        innermost: Callable[[], Awaitable[object]],
+        step: StepInHand | None,
+    ) -> None:
+        self.step = step
         self._middleware = middleware
         self._effect = effect
         self._innermost = innermost
@@ -129,7 +201,7 @@ class _CallNext:
             self._refuse("a second time; only actions and compensations can be repeated")
         self._begun = self._running = True
         try:
-            return await through(self._middleware, effect, self._innermost)
+            return await through(self._middleware, effect, self._innermost, self.step)
         finally:
             self._running = False
 
@@ -143,11 +215,16 @@ class _CallNext:
         self._ended = True
 
 
-async def through(middleware: tuple[Middleware, ...], effect: Effect, innermost: CallNext) -> object:
+async def through(
+    middleware: tuple[Middleware, ...],
+    effect: Effect,
+    innermost: Callable[[], Awaitable[object]],
+    step: StepInHand | None = None,
+) -> object:
     """Runs an effect through a chain of middleware, outermost first."""
     if not middleware:
         return await innermost()
-    rest = _CallNext(middleware[1:], effect, innermost)
+    rest = _CallNext(middleware[1:], effect, innermost, step)
     try:
         return await middleware[0](effect, rest)
     finally:
@@ -175,26 +252,11 @@ def observer(middleware: Middleware) -> Middleware:
 
     @wraps(middleware)
     async def observe(effect: Effect, call_next: CallNext, /) -> object:
-        called = False
-        seen: object = None
-        raised: list[BaseException] = []
-
-        async def watched() -> object:
-            nonlocal called, seen
-            if called:
-                raise MiddlewareError("an observer awaits call_next once: it only watches")
-            called = True
-            try:
-                seen = await call_next()
-            except BaseException as error:
-                raised.append(error)
-                raise
-            return seen
-
+        watched = _Watched(call_next)
         try:
             await middleware(effect, watched)
         except Exception as error:
-            if not raised or error is not raised[0]:
+            if error is not watched.raised:
                 import logging  # noqa: PLC0415 - only who has a failing observer pays for it
 
                 logging.getLogger("pysagas").warning(
@@ -205,13 +267,40 @@ def observer(middleware: Middleware) -> Middleware:
                     effect.path,
                     exc_info=error,
                 )
-        if not called:
+        if not watched.called:
             return await call_next()
-        if raised:
-            try:
-                raise raised[0]
-            finally:
-                raised.clear()  # its traceback holds this frame
-        return seen
+        if watched.raised is None:
+            return watched.seen
+        try:
+            raise watched.raised
+        finally:
+            watched.raised = None  # its traceback holds this frame
 
     return observe
+
+
+class _Watched:
+    """The rest of a chain, for a middleware that only watches; it keeps the true result."""
+
+    __slots__ = ("_call_next", "called", "raised", "seen")
+
+    def __init__(self, call_next: CallNext) -> None:
+        self._call_next = call_next
+        self.called = False
+        self.seen: object = None
+        self.raised: BaseException | None = None
+
+    @property
+    def step(self) -> StepInHand | None:
+        return self._call_next.step
+
+    async def __call__(self) -> object:
+        if self.called:
+            raise MiddlewareError("an observer awaits call_next once: it only watches")
+        self.called = True
+        try:
+            self.seen = await self._call_next()
+        except BaseException as error:
+            self.raised = error
+            raise
+        return self.seen

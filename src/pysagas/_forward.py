@@ -128,7 +128,7 @@ async def _carry_out_step(record: Record, owner: Sequence, path: Path) -> Any:
     )
     if not owner.middleware:
         return await act()
-    result = await through(owner.middleware, owner.effect("action", step.name, path), act)
+    result = await through(owner.middleware, owner.effect("action", step.name, path), act, record)
     if record.state is NOT_STARTED:
         # A middleware answered in the action's place.
         record.state = COMPLETED

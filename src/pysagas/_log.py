@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 
 from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN
-from ._definitions import Commit, Definition, Parallel, Part, definition_of
+from ._definitions import Commit, Definition, Parallel, Part, Step, definition_of
 from ._effects import Effect, EffectKind, Middleware
 from ._errors import CompensationFailed, add_note, without_cancellation
 from ._outcome import Outcome, StepReport, StepState
@@ -145,6 +145,21 @@ class Record:
     def name(self) -> str:
         definition = self.definition
         return definition.name if isinstance(definition, Definition) else name_of(definition)
+
+    # As a middleware sees it, see ``_effects.StepInHand``.
+
+    @property
+    def action(self) -> Callable[..., Any]:
+        definition = self.definition
+        action: Callable[..., Any] = definition.action if isinstance(definition, Step) else definition
+        return action
+
+    def recall(
+        self, state: StepState, *, result: object = None, error: BaseException | None = None
+    ) -> None:
+        self.state = state
+        self.result = result
+        self.error = error
 
     def way_back(self) -> WayBack | None:
         """The call that takes this step back; None where there is none, or nothing to take back."""

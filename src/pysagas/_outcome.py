@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ._errors import SagaError, leaves
 
-__all__ = ["Outcome", "SagaState", "StepReport", "StepState", "outcome_of"]
+__all__ = ["Outcome", "SagaState", "StepReport", "StepState", "attach_outcome", "outcome_of"]
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -274,7 +274,7 @@ async def _take_back_through(
 
     try:
         effect = sequence.effect("compensation", record.name, path)
-        await through(sequence.middleware, effect, innermost)
+        await through(sequence.middleware, effect, innermost, record)
     except GeneratorExit:
         raise
     except BaseException as error:

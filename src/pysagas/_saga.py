@@ -7,7 +7,15 @@ from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from ._attempts import Retry
-from ._checks import Exceptions, OnCompensationFailure, OnFailure, check_saga_options, exception_types
+from ._checks import (
+    Exceptions,
+    OnCompensationFailure,
+    OnFailure,
+    check_middleware,
+    check_name,
+    check_saga_options,
+    exception_types,
+)
 from ._definitions import (
     Bound,
     Commit,
@@ -45,9 +53,10 @@ class Saga(SagaDefinition[P, T_co]):
     independent run, of which the saga around knows nothing and takes nothing back.
     """
 
-    __slots__ = ("exceptions",)
+    __slots__ = ("exceptions", "version")
 
     exceptions: tuple[type[Exception], ...]
+    version: str | None
 
     def __init__(
         self: Saga[..., None],
@@ -58,6 +67,7 @@ class Saga(SagaDefinition[P, T_co]):
         rollback_timeout: float | None = None,
         on_compensation_failure: OnCompensationFailure = "continue",
         middleware: tuple[Middleware, ...] | list[Middleware] = (),
+        version: str | None = None,
     ) -> None:
         """Defines a saga as data: its parts are carried out one after the other.
 
@@ -74,6 +84,7 @@ class Saga(SagaDefinition[P, T_co]):
             on_compensation_failure: ``"continue"`` with the other compensations, or ``"stop"``: let
                 those that run end, and begin no more.
             middleware: Around each effect of this saga, the outermost first.
+            version: Recorded by a journal, which refuses to go on with a run of another version.
 
         Raises:
             SagaDefinitionError: Something of this cannot work.
@@ -92,6 +103,7 @@ class Saga(SagaDefinition[P, T_co]):
             rollback_timeout=rollback_timeout,
             on_compensation_failure=on_compensation_failure,
             middleware=middleware,
+            version=version,
         )
 
     def _define(
@@ -105,8 +117,9 @@ class Saga(SagaDefinition[P, T_co]):
         rollback_timeout: float | None,
         on_compensation_failure: str,
         middleware: tuple[Middleware, ...] | list[Middleware],
+        version: str | None,
     ) -> None:
-        check_saga_options(place, name, rollback_timeout, on_compensation_failure, middleware)
+        check_saga_options(place, name, rollback_timeout, on_compensation_failure, middleware, version)
         put = partial(object.__setattr__, self)
         put("name", name or ("saga" if function is None else name_of(function)))
         put("parts", parts)
@@ -115,6 +128,7 @@ class Saga(SagaDefinition[P, T_co]):
         put("rollback_timeout", rollback_timeout)
         put("on_compensation_failure", on_compensation_failure)
         put("middleware", tuple(middleware))
+        put("version", version)
         put("_known_calls", set())
 
     @overload
@@ -162,6 +176,38 @@ class Saga(SagaDefinition[P, T_co]):
         self.check_call(args, kwargs, "{}.run")
         return await self._run(args, kwargs, expected)
 
+    async def run_with(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+        middleware: tuple[Middleware, ...] | list[Middleware] = (),
+        exceptions: Exceptions | None = (),
+    ) -> Outcome[T_co]:
+        """Runs the saga as `run` does, for whoever runs it on behalf of others: a journal, an engine.
+
+        Args:
+            args: Positional arguments of the run.
+            kwargs: Keyword arguments of the run.
+            run_id: The name of the run; None: a random one.
+            middleware: Around each effect, outside of the saga's own; the outermost first.
+            exceptions: As for `run`.
+
+        Returns:
+            As for `run`.
+
+        Raises:
+            BaseException: As for `run`.
+        """
+        place = f"{self!r}.run_with"
+        check_name(place, run_id, what="run_id")
+        check_middleware(place, middleware)
+        expected = self.exceptions + exception_types(f"{place}: exceptions", exceptions)
+        kwargs = {} if kwargs is None else dict(kwargs)
+        self.check_call(args, kwargs, "{}.run_with")
+        return await self._run(args, kwargs, expected, run_id, tuple(middleware))
+
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co:
         """Runs the saga, and gives its value.
 
@@ -173,10 +219,14 @@ class Saga(SagaDefinition[P, T_co]):
         return outcome.value
 
     async def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: tuple[type[Exception], ...]
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        expected: tuple[type[Exception], ...],
+        run_id: str | None = None,
+        middleware: tuple[Middleware, ...] = (),
     ) -> Outcome[T_co]:
-        run = Run(self.name, None)
-        root = Sequence(run, None, (), self, self.middleware)
+        root = Sequence(Run(self.name, run_id), None, (), self, middleware + self.middleware)
         if root.middleware:
             return await run_through(root, args, kwargs, expected)
         return await run_plain(root, args, kwargs, expected)
@@ -208,6 +258,7 @@ def _from_function(
     rollback_timeout: float | None = None,
     on_compensation_failure: OnCompensationFailure = "continue",
     middleware: tuple[Middleware, ...] | list[Middleware] = (),
+    version: str | None = None,
 ) -> Saga[..., T]:
     new = cast("Saga[..., T]", object.__new__(Saga))
     new._define(
@@ -219,6 +270,7 @@ def _from_function(
         rollback_timeout=rollback_timeout,
         on_compensation_failure=on_compensation_failure,
         middleware=middleware,
+        version=version,
     )
     return new
 
@@ -295,6 +347,7 @@ def saga(
     rollback_timeout: float | None = None,
     on_compensation_failure: OnCompensationFailure = "continue",
     middleware: tuple[Middleware, ...] | list[Middleware] = (),
+    version: str | None = None,
 ) -> _SagaDecorator: ...
 
 
@@ -320,6 +373,7 @@ def saga(function: Any = None, /, **options: Any) -> Any:
             check.pop("rollback_timeout", None),
             check.pop("on_compensation_failure", "continue"),
             check.pop("middleware", ()),
+            check.pop("version", None),
         )
         if check:
             raise TypeError(f"@saga got unexpected options: {', '.join(check)}")
@@ -379,6 +433,7 @@ class SagaBuilder:
         rollback_timeout: float | None = None,
         on_compensation_failure: OnCompensationFailure = "continue",
         middleware: tuple[Middleware, ...] | list[Middleware] = (),
+        version: str | None = None,
     ) -> SagaBuilder:
         """Starts a builder. The options are those of `Saga`.
 
@@ -391,6 +446,7 @@ class SagaBuilder:
             rollback_timeout=rollback_timeout,
             on_compensation_failure=on_compensation_failure,
             middleware=middleware,
+            version=version,
         )
 
     @overload

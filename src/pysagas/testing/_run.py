@@ -193,7 +193,9 @@ class TrialRun:
 
     async def _call(self) -> None:
         try:
-            self.outcome = await self.saga.run(*self.trial.args, **self.trial.kwargs)
+            self.outcome = await self.saga.run_with(
+                self.trial.args, self.trial.kwargs, middleware=[self.around]
+            )
             self.error = self.outcome.error
         except BaseException as error:
             self.error = error

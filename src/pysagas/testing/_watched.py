@@ -19,8 +19,6 @@ from typing import Any, Protocol, cast
 
 from pysagas import (
     Bound,
-    CallNext,
-    Effect,
     Parallel,
     Saga,
     SagaScope,
@@ -51,23 +49,15 @@ class Watcher(Protocol):
         """It has returned; tells whether it is to be called again."""
         ...
 
-    async def around(self, effect: Effect, call_next: CallNext) -> object:
-        """The outermost middleware of the run."""
-        ...
-
 
 # Of the run that is under way: the rebuilt definitions are used for many runs. Worker threads and
 # child tasks see it too.
 current_watcher: ContextVar[Watcher] = ContextVar("pysagas_watcher")
 
 
-async def _around(effect: Effect, call_next: CallNext) -> object:
-    return await current_watcher.get().around(effect, call_next)
-
-
 def watched(original: Saga[..., Any]) -> Saga[..., Any]:
     """Rebuilds a saga, so that `current_watcher` sees and changes how it runs."""
-    return _Rebuilding().saga(original, [_around])
+    return _Rebuilding().saga(original)
 
 
 class _Watching(Awaitable[Any]):
@@ -134,13 +124,14 @@ class _Rebuilding:
             on_failure=group.on_failure,
         )
 
-    def saga(self, original: Saga[..., Any], around: list[Any] | None = None) -> Saga[..., Any]:
+    def saga(self, original: Saga[..., Any]) -> Saga[..., Any]:
         options: dict[str, Any] = {
             "name": original.name,
             "exceptions": original.exceptions,
             "rollback_timeout": original.rollback_timeout,
             "on_compensation_failure": original.on_compensation_failure,
-            "middleware": [*(around or ()), *original.middleware],
+            "middleware": original.middleware,
+            "version": original.version,
         }
         function = original.function
         if function is None:

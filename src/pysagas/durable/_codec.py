@@ -1,0 +1,277 @@
+"""How values become bytes, and come back as what they were."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, Protocol, cast
+
+from ._errors import NotRecordable, RecordedError
+
+__all__ = [
+    "Codec",
+    "JSONCodec",
+    "decode_arguments",
+    "decode_error",
+    "encode_arguments",
+    "encode_error",
+    "encode_result",
+    "return_type",
+]
+
+
+class Codec(Protocol):
+    """Writes values for a journal, and reads them."""
+
+    def encode(self, value: object) -> bytes:
+        """Gives the bytes of a value.
+
+        Raises:
+            Exception: It cannot be written.
+        """
+        ...
+
+    def decode(self, data: bytes, kind: Any) -> Any:
+        """Gives the value back.
+
+        Args:
+            data: What `encode` gave.
+            kind: Its type, as annotated; `typing.Any` where nothing is known.
+
+        Raises:
+            Exception: It cannot be read as that type.
+        """
+        ...
+
+
+class JSONCodec:
+    """JSON, by msgspec: plain values, dataclasses, enums, datetimes, Decimals, UUIDs, structs."""
+
+    def __init__(self) -> None:
+        """Makes one.
+
+        Raises:
+            ImportError: msgspec is not installed.
+        """
+        try:
+            from msgspec.json import Decoder, Encoder  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise ImportError(
+                'a journal needs msgspec, which is not installed: pip install "pysagas[durable]"'
+            ) from error
+        self._encode = Encoder(decimal_format="string").encode
+        self._decoder: Callable[[Any], Any] = lru_cache(maxsize=1000)(Decoder)
+
+    def encode(self, value: object) -> bytes:
+        """Gives the bytes of a value."""
+        return self._encode(value)
+
+    def decode(self, data: bytes, kind: Any) -> Any:
+        """Gives the value back."""
+        return self._decoder(kind).decode(data)
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def _hints(function: Any) -> Mapping[str, Any]:
+    """Gives the resolved annotations of a function; of what cannot be resolved, none."""
+    while isinstance(function, partial):
+        function = cast("Any", function.func)
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        function = type(function).__call__
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    try:
+        return typing.get_type_hints(function)
+    except Exception:
+        return {}
+
+
+@lru_cache(maxsize=10_000)
+def _return_type(function: Any) -> Any:
+    if inspect.isclass(function):
+        return function
+    kind = _hints(function).get("return", Any)
+    # A sync function that returns a coroutine says so.
+    origin = typing.get_origin(kind)
+    if inspect.isclass(origin) and issubclass(origin, Awaitable):
+        return typing.get_args(kind)[-1]
+    return type(None) if kind is None else kind
+
+
+def return_type(function: Callable[..., Any]) -> Any:
+    """Gives the type that a function says it returns; Any where it does not say."""
+    try:
+        return _return_type(function)
+    except TypeError:  # it cannot be hashed, so it is asked each time
+        return _return_type.__wrapped__(function)
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+def encode_result(codec: Codec, value: object, kind: Any, place: str) -> bytes:
+    """Gives the bytes of a value that will come back equal.
+
+    Raises:
+        NotRecordable: They would not.
+    """
+    try:
+        data = codec.encode(value)
+    except Exception as error:
+        raise NotRecordable(
+            f"{place} gave {value!r}, which cannot be recorded: {error}; return plain values, "
+            "dataclasses or msgspec structs, or give the journal a codec"
+        ) from error
+    try:
+        back = codec.decode(data, kind)
+        same = type(back) is type(value) and bool(back == value or value != value)  # noqa: PLR0124 - NaN
+        problem = f"would come back as {back!r}"
+    except Exception as error:
+        same, problem = False, f"cannot be read back: {error}"
+    if not same:
+        shown = "no type" if kind is Any else f"the type {kind!r}"
+        raise NotRecordable(
+            f"{place} gave {value!r}, which {problem}; it is annotated with {shown}: annotate it with "
+            "the type that it has"
+        )
+    return data
+
+
+def encode_arguments(
+    codec: Codec, args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Any, place: str
+) -> bytes:
+    """Gives the bytes of the arguments of a run.
+
+    Raises:
+        NotRecordable: They would not come back as they were.
+    """
+    try:
+        data = codec.encode([args, kwargs])
+    except Exception as error:
+        raise NotRecordable(
+            f"{place}: its arguments cannot be recorded: {error}; give plain values, dataclasses or "
+            "msgspec structs, or give the journal a codec"
+        ) from error
+    back = decode_arguments(codec, data, function, place)
+    if back != (args, dict(kwargs)):
+        raise NotRecordable(
+            f"{place}: its arguments {args!r}, {dict(kwargs)!r} would come back as {back[0]!r}, "
+            f"{back[1]!r}; annotate the parameters with the types that they have"
+        )
+    return data
+
+
+def decode_arguments(
+    codec: Codec, data: bytes, function: Any, place: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives the arguments back.
+
+    Args:
+        codec: By which they were written.
+        data: What was written.
+        function: Whose annotations tell their types; None where there is nobody to ask.
+        place: For the message.
+
+    Raises:
+        NotRecordable: They cannot be read as what they are annotated with.
+    """
+    positional, named = codec.decode(data, tuple[list[Any], dict[str, Any]])
+    hints: Mapping[str, Any] = {} if function is None else _hints(function)
+    by_position: list[Any] = []
+    rest: Any = Any
+    for parameter in () if function is None else inspect.signature(function).parameters.values():
+        kind = hints.get(parameter.name, Any)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = kind
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            by_position.append(kind)
+    try:
+        return (
+            tuple(
+                _typed(codec, value, by_position[index] if index < len(by_position) else rest)
+                for index, value in enumerate(positional)
+            ),
+            {name: _typed(codec, value, hints.get(name, Any)) for name, value in named.items()},
+        )
+    except Exception as error:
+        raise NotRecordable(
+            f"{place}: its recorded arguments {data.decode(errors='replace')} cannot be read: {error}; "
+            "has the type of a parameter changed since?"
+        ) from error
+
+
+def _typed(codec: Codec, value: object, kind: Any) -> Any:
+    return value if kind is Any else codec.decode(codec.encode(value), kind)
+
+
+# --- exceptions ---------------------------------------------------------------------------------
+
+
+def encode_error(codec: Codec, error: BaseException) -> dict[str, Any]:
+    """Gives what is recorded of an exception: enough to make it again, or at least to name it."""
+    kind = type(error)
+    recorded: dict[str, Any] = {
+        "type": f"{kind.__module__}:{kind.__qualname__}",
+        "text": str(error),
+        "notes": list(getattr(error, "__notes__", ())),
+    }
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        recorded["text"] = group.message
+        recorded["errors"] = [encode_error(codec, one) for one in group.exceptions]
+        return recorded
+    fields = {
+        name: value
+        for name, value in vars(error).items()
+        if not name.startswith("__") and _comes_back(codec, value)
+    }
+    if all(_comes_back(codec, value) for value in error.args):
+        recorded["args"] = list(error.args)
+        recorded["fields"] = fields
+    return recorded
+
+
+def _comes_back(codec: Codec, value: object) -> bool:
+    try:
+        back = codec.decode(codec.encode(value), Any)
+    except Exception:
+        return False
+    return type(back) is type(value) and bool(back == value)
+
+
+def decode_error(recorded: Mapping[str, Any]) -> BaseException:
+    """Makes a recorded exception again, without calling its ``__init__``.
+
+    Only of a class that is loaded: a journal does not import what its file names. Where that is not
+    possible, a `RecordedError` stands for it.
+    """
+    error = _rebuilt(recorded)
+    if error is None:
+        error = RecordedError(f"{recorded['type']}: {recorded['text']}")
+        error.kind = recorded["type"]
+    for note in recorded["notes"]:
+        error.add_note(note)
+    return error
+
+
+def _rebuilt(recorded: Mapping[str, Any]) -> BaseException | None:
+    if "errors" in recorded:
+        errors = [decode_error(one) for one in recorded["errors"]]
+        return BaseExceptionGroup(recorded["text"], errors)
+    module, _, name = recorded["type"].partition(":")
+    kind: Any = sys.modules.get(module)
+    for part in name.split("."):
+        kind = getattr(kind, part, None)
+    if "args" not in recorded or not inspect.isclass(kind) or not issubclass(kind, BaseException):
+        return None
+    try:
+        error = kind.__new__(kind, *recorded["args"])
+        error.args = tuple(recorded["args"])
+        vars(error).update(recorded["fields"])
+    except Exception:
+        return None
+    return error

@@ -1,0 +1,113 @@
+"""What a journal keeps of a run: an ordered history of its effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+__all__ = ["Event", "EventKind", "RunInfo", "RunState", "relevant"]
+
+
+class EventKind(Enum):
+    """What happened. The values stand in the journal's file."""
+
+    STARTED = "started"
+    """An action is about to run."""
+    DONE = "done"
+    """It returned; the data is its result."""
+    FAILED = "failed"
+    """It raised; the data is the state in which that left the step, and the exception."""
+    COMMITTED = "committed"
+    """The point of no return was passed."""
+    ROLLBACK = "rollback"
+    """A rollback begins; the data is the last exception before it, for people."""
+    COMPENSATING = "compensating"
+    """A compensation is about to run."""
+    COMPENSATED = "compensated"
+    """It returned."""
+    NOT_COMPENSATED = "not compensated"
+    """It raised; the data is the exception."""
+    RETRY = "retry"
+    """A failed run is tried again, from what then still holds of its history."""
+
+
+class RunState(Enum):
+    """How a run stands. The values stand in the journal's file."""
+
+    RUNNING = "running"
+    """Not ended: it runs somewhere, or its process died."""
+    COMPLETED = "completed"
+    """Carried out whole."""
+    COMPENSATED = "compensated"
+    """Everything was taken back."""
+    FAILED = "failed"
+    """Not everything was taken back: somebody has to look, and then `retry` it."""
+
+
+class Event(NamedTuple):
+    """One thing that happened in a run.
+
+    Attributes:
+        kind: What.
+        path: The place in the tree of the run.
+        name: Of the step, or of what is taken back.
+        data: What the kind says; empty for the others.
+        at: When, in seconds since the epoch.
+    """
+
+    kind: EventKind
+    path: tuple[int, ...]
+    name: str
+    data: bytes = b""
+    at: float = 0.0
+
+
+class RunInfo(NamedTuple):
+    """What a journal knows of a run, without its history.
+
+    Attributes:
+        run_id: The name of the run.
+        saga: The name of its saga.
+        version: The version of its saga; None where it has none.
+        state: How it stands.
+        started: When it started, in seconds since the epoch.
+        ended: When it ended; None for one that has not.
+        error: What it ended with, in words; None for one that completed, or has not ended.
+        alive: Whether a process that lives has it in hand.
+    """
+
+    run_id: str
+    saga: str
+    version: str | None
+    state: RunState
+    started: float
+    ended: float | None
+    error: str | None
+    alive: bool
+
+
+def relevant(events: Iterable[Event]) -> list[Event]:
+    """Gives what of a history still holds: all of it, unless the run was tried again.
+
+    A run that failed past its commit is tried again from there, since what came after was taken
+    back. One that failed in its rollback goes on with that: what could not be taken back, counts
+    as not tried.
+    """
+    history: list[Event] = []
+    for event in events:
+        if event.kind is not EventKind.RETRY:
+            history.append(event)
+            continue
+        commits = [i for i, known in enumerate(history) if known.kind is EventKind.COMMITTED]
+        if commits:
+            del history[commits[-1] + 1 :]
+            continue
+        done = {known.path for known in history if known.kind is EventKind.COMPENSATED}
+        history = [
+            known
+            for known in history
+            if known.kind not in (EventKind.COMPENSATING, EventKind.NOT_COMPENSATED)
+            or known.path in done
+        ]
+    return history

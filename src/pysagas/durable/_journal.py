@@ -1,0 +1,653 @@
+"""What every journal does: starts runs, recovers them, tries them again. Storage is a subclass's."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import anyio
+
+from pysagas import (
+    Bound,
+    CompensationFailed,
+    Outcome,
+    Parallel,
+    Saga,
+    SagaState,
+    Step,
+    StepReport,
+    StepState,
+    attach_outcome,
+    outcome_of,
+)
+
+from ._codec import (
+    Codec,
+    JSONCodec,
+    decode_arguments,
+    decode_error,
+    encode_arguments,
+    encode_error,
+    return_type,
+)
+from ._errors import Interrupted, JournalError, RunInProgress, RunInterrupted, SagaChanged
+from ._events import Event, EventKind, RunInfo, RunState, relevant
+from ._replay import RunMiddleware
+
+__all__ = ["Claim", "Ending", "Journal", "OnCrash", "Recovered", "RecoveryReport"]
+
+T = TypeVar("T")
+AnySaga = Saga[..., Any]
+OnCrash = Literal["rollback", "resume"]
+
+STATES = {
+    SagaState.COMPLETED: RunState.COMPLETED,
+    SagaState.COMPENSATED: RunState.COMPENSATED,
+    SagaState.FAILED: RunState.FAILED,
+}
+
+
+class Ending(NamedTuple):
+    """How a run ended, as it is recorded.
+
+    Attributes:
+        state: Which of the three ends.
+        value: What the saga returned; empty where it did not.
+        error: What it raised, as `encode_error` gives it; None where it did not.
+    """
+
+    state: RunState
+    value: bytes
+    error: dict[str, Any] | None
+
+
+class Claim(NamedTuple):
+    """A run that this process has taken into its hands, or found ended.
+
+    Attributes:
+        key: By which the storage knows it.
+        ending: How it ended; None for one that has not.
+        is_new: Whether it has just been started.
+    """
+
+    key: int
+    ending: Ending | None = None
+    is_new: bool = False
+
+
+class Stored(NamedTuple):
+    """A run as it is stored: what is needed to go on with it."""
+
+    run_id: str
+    saga: str
+    version: str | None
+    args: bytes
+    state: RunState
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What became of one unfinished run.
+
+    Attributes:
+        run_id: The name of the run.
+        saga: The name of its saga.
+        state: How it stands now; RUNNING where it could not be gone on with.
+        outcome: The report of the run; None where there is none.
+        error: What it ended with, or why it could not be gone on with; None for one that completed.
+    """
+
+    run_id: str
+    saga: str
+    state: RunState
+    outcome: Outcome[Any] | None = field(default=None, repr=False)
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What `recover` found, and did.
+
+    Attributes:
+        recovered: The runs that were gone on with, and have ended: completed or taken back.
+        failed: Those that have ended FAILED: somebody has to look, and then `retry` them.
+        left: Those that are as they were, each with the error that says why: no saga of that name
+            was given, the saga has changed, the arguments cannot be read, the journal failed.
+        in_progress: The ids of runs that a living process has in hand.
+    """
+
+    recovered: tuple[Recovered, ...] = ()
+    failed: tuple[Recovered, ...] = ()
+    left: tuple[Recovered, ...] = ()
+    in_progress: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is left to do for anybody."""
+        return not (self.failed or self.left)
+
+
+class _Recorder:
+    """Where the events of one run go."""
+
+    def __init__(self, journal: Journal, key: int) -> None:
+        self._journal = journal
+        self._key = key
+
+    def append(self, event: Event) -> None:
+        self._journal._append(self._key, event._replace(at=time.time()))
+
+    async def flush(self) -> None:
+        await self._journal._flush()
+
+    async def reopen(self) -> None:
+        await self._journal._reopen(self._key)
+
+    async def close(self, *, restored: bool) -> None:
+        state = RunState.COMPENSATED if restored else RunState.FAILED
+        await self._journal._end(self._key, Ending(state, b"", None))
+
+
+class Journal(ABC):
+    """A durable record of the effects of runs, from which a killed run is recovered.
+
+    `SQLiteJournal` keeps it in a file. Another storage is another subclass: eight methods, all
+    below `Storage`, which know runs and events and nothing of sagas.
+    """
+
+    def __init__(self, codec: Codec | None = None) -> None:
+        """Makes one; see the subclass."""
+        self._codec: Codec = JSONCodec() if codec is None else codec
+        # The ids of the runs that this journal has in hand.
+        self._in_hand: set[str] = set()
+
+    # --- for users -----------------------------------------------------------------------------
+
+    async def run(
+        self,
+        saga: Saga[..., T],
+        *args: Any,
+        run_id: str,
+        exceptions: Any = (),
+        on_crash: OnCrash = "rollback",
+        **kwargs: Any,
+    ) -> Outcome[T]:
+        """Runs a saga under a name, once.
+
+        Every effect is recorded before it happens, and its result after. If the process is killed,
+        `recover` takes the run back, or goes on with it. A second call with the same id does
+        nothing: it gives the recorded outcome, or raises the recorded error, as the first did; for
+        a run whose process has died meanwhile it does what `recover` would.
+
+        Args:
+            saga: The saga.
+            *args: What it is called with.
+            run_id: The name of the run: an order number, the idempotency key of a request.
+            exceptions: As for `Saga.run`.
+            on_crash: As for `recover`.
+            **kwargs: What it is called with by keyword. (Parameters named ``run_id``, ``exceptions``
+                or ``on_crash`` are given by position.)
+
+        Returns:
+            The outcome.
+
+        Raises:
+            BaseException: As for `Saga.run`.
+            RunInProgress: It is under way, here or in another process that lives.
+            RunInterrupted: Its process had died, and it has been taken back.
+            OtherRun: The id belongs to another saga, or to other arguments.
+            SagaChanged: It cannot be gone on with. It is as it was.
+            NotRecordable: The arguments cannot be recorded. Nothing has run.
+            JournalError: The journal cannot be read or written. What had run is taken back.
+        """
+        place = f"journal.run of saga {saga.name!r}"
+        data = encode_arguments(self._codec, args, kwargs, _function_of(saga), place)
+        saga.check_call(args, kwargs, "{}.run")
+        with self._hold(run_id):
+            claim = await self._claim(run_id, saga.name, saga.version, data, time.time())
+            if claim.ending is not None:
+                return await self._recall(claim, run_id, saga, exceptions)
+            history = [] if claim.is_new else relevant(await self._load(claim.key))
+            return await self._go(claim, run_id, saga, (args, kwargs), history, exceptions, on_crash)
+
+    async def recover(
+        self,
+        sagas: Iterable[AnySaga],
+        *,
+        on_crash: OnCrash = "rollback",
+        limit: int = 100,
+    ) -> RecoveryReport:
+        """Goes on with all runs whose process has died.
+
+        Runs of processes that live are not touched. A run that has passed its commit is carried on
+        to its end, whatever `on_crash` says. What one run raises does not stop the others; it is in
+        the report.
+
+        Args:
+            sagas: The definitions; a run finds its own by name and version.
+            on_crash: ``"rollback"`` takes runs back. ``"resume"`` goes on with them, and runs
+                actions again that were under way; they have to be idempotent.
+            limit: How many runs at once.
+
+        Raises:
+            JournalError: The journal cannot be read.
+        """
+        known = _by_name(sagas)
+        unfinished = await self._unfinished()
+        results: dict[int, Recovered | None] = {}
+
+        async def recover_some(indexes: Iterable[int]) -> None:
+            for index in indexes:
+                results[index] = await self._recover_one(unfinished[index], known, on_crash)
+
+        indexes = iter(range(len(unfinished)))
+        async with anyio.create_task_group() as tasks:
+            for _ in range(min(limit, len(unfinished))):
+                tasks.start_soon(recover_some, indexes)
+        ended = [one for index in range(len(unfinished)) if (one := results[index]) is not None]
+
+        def those(*states: RunState) -> tuple[Recovered, ...]:
+            return tuple(one for one in ended if one.state in states)
+
+        return RecoveryReport(
+            recovered=those(RunState.COMPLETED, RunState.COMPENSATED),
+            failed=those(RunState.FAILED),
+            left=those(RunState.RUNNING),
+            in_progress=tuple(
+                stored.run_id for index, stored in enumerate(unfinished) if results[index] is None
+            ),
+        )
+
+    async def retry(self, saga: Saga[..., T], run_id: str, *, exceptions: Any = ()) -> Outcome[T]:
+        """Tries a FAILED run again, when the cause has been mended.
+
+        What could not be taken back is tried again. A run that failed past its commit is carried on
+        from its commit: what came after that was taken back.
+
+        Args:
+            saga: Its saga.
+            run_id: The name of the run.
+            exceptions: As for `Saga.run`.
+
+        Returns:
+            The outcome.
+
+        Raises:
+            BaseException: As for `run`.
+            JournalError: There is no such run, or it has not failed.
+        """
+        with self._hold(run_id):
+            stored = await self._stored(run_id)
+            if stored is None or stored.state is not RunState.FAILED:
+                state = "is not in the journal" if stored is None else f"is {stored.state.value}"
+                raise JournalError(f"run {run_id!r} {state}; only a failed run can be tried again")
+            call = self._arguments(stored, saga)
+            claim = await self._claim(run_id, saga.name, stored.version, stored.args, time.time())
+            await self._reopen(claim.key)
+            retry = Event(EventKind.RETRY, (), saga.name, b"", time.time())
+            self._append(claim.key, retry)
+            history = relevant(await self._load(claim.key))
+            return await self._go(claim, run_id, saga, call, history, exceptions, "rollback")
+
+    async def runs(self, *, state: RunState | None = None) -> list[RunInfo]:
+        """Lists the runs, the oldest first; all, or those that stand so."""
+        return [info for info in await self._list() if state is None or info.state is state]
+
+    async def history(self, run_id: str) -> list[Event]:
+        """Gives all that is recorded of a run.
+
+        Raises:
+            JournalError: There is no such run.
+        """
+        return await self._events(run_id)
+
+    async def prune(self, *, before: float) -> int:
+        """Forgets the runs that completed or were taken back before a time.
+
+        A later call with such an id runs the saga anew. Failed runs, and those that have not ended,
+        are never forgotten.
+
+        Args:
+            before: In seconds since the epoch.
+
+        Returns:
+            How many were forgotten.
+        """
+        return await self._prune(before)
+
+    # --- how -----------------------------------------------------------------------------------
+
+    def _hold(self, run_id: str) -> _Hold:
+        return _Hold(self._in_hand, run_id)
+
+    def _arguments(self, stored: Stored, saga: AnySaga) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Gives the arguments of a recorded run.
+
+        Raises:
+            JournalError: The saga is not that of the run, or cannot be called so any more.
+        """
+        if (saga.name, saga.version) != (stored.saga, stored.version):
+            raise SagaChanged(
+                f"run {stored.run_id!r} is one of saga {stored.saga!r}, version {stored.version!r}, not "
+                f"of {saga.name!r}, version {saga.version!r}; give the saga of its name and version"
+            )
+        place = f"run {stored.run_id!r} of saga {saga.name!r}"
+        call = decode_arguments(self._codec, stored.args, _function_of(saga), place)
+        try:
+            saga.check_call(*call, "{}.run")
+        except TypeError as error:
+            raise SagaChanged(f"{place}: it cannot be called as it was: {error}") from error
+        return call
+
+    async def _recover_one(
+        self, stored: Stored, known: Mapping[tuple[str, str | None], AnySaga], on_crash: OnCrash
+    ) -> Recovered | None:
+        """Goes on with one run; gives None for one that somebody has in hand."""
+        result = partial(Recovered, stored.run_id, stored.saga)
+        saga = known.get((stored.saga, stored.version))
+        if saga is None:
+            return result(RunState.RUNNING, None, JournalError(_missing(stored, known)))
+        try:
+            with self._hold(stored.run_id):
+                call = self._arguments(stored, saga)
+                claim = await self._claim(
+                    stored.run_id, stored.saga, stored.version, stored.args, time.time()
+                )
+                if claim.ending is not None:
+                    return result(claim.ending.state)  # somebody else was quicker
+                history = relevant(await self._load(claim.key))
+                outcome = await self._go(claim, stored.run_id, saga, call, history, (), on_crash)
+                return result(STATES[outcome.state], outcome, outcome.error)
+        except RunInProgress:
+            return None
+        except Exception as error:
+            if isinstance(error, RunInterrupted):
+                ended: Outcome[Any] | None = error.outcome
+            else:
+                ended = None if isinstance(error, JournalError) else outcome_of(error)
+            if ended is None:
+                return result(RunState.RUNNING, None, error)
+            return result(STATES[ended.state], ended, error)
+
+    async def _go(
+        self,
+        claim: Claim,
+        run_id: str,
+        saga: Saga[..., T],
+        call: tuple[tuple[Any, ...], Mapping[str, Any]],
+        history: list[Event],
+        exceptions: Any,
+        on_crash: OnCrash,
+    ) -> Outcome[T]:
+        """Runs the saga, through what is recorded and on from there, and records how that ends."""
+        middleware = RunMiddleware(
+            _Recorder(self, claim.key),
+            self._codec,
+            saga.name,
+            history,
+            value_type=_value_type(saga),
+            recovering=not claim.is_new,
+            resume=on_crash == "resume",
+        )
+        try:
+            outcome = await saga.run_with(
+                *call, run_id=run_id, middleware=[middleware], exceptions=exceptions
+            )
+        except BaseException as error:
+            if middleware.abandoned is not None:
+                await self._release(claim.key)
+                cancelled = _cancellation_in(error)
+                raise cancelled or middleware.abandoned from None
+            await self._ended(claim, middleware, outcome_of(error), error)
+            if middleware.interrupted is not None and _is_interruption(error):
+                raise _taken_back(run_id, outcome_of(error)) from None
+            raise
+        await self._ended(claim, middleware, outcome, outcome.error)
+        return outcome
+
+    async def _ended(
+        self,
+        claim: Claim,
+        middleware: RunMiddleware,
+        outcome: Outcome[Any] | None,
+        error: BaseException | None,
+    ) -> None:
+        middleware.ended = True
+        if outcome is None or middleware.broken is not None:
+            # What is on disk is less than what happened: recovery in the next process ends it.
+            await self._release(claim.key)
+            return
+        value = middleware.value if error is None else b""
+        recorded = None if error is None else encode_error(self._codec, error)
+        with anyio.CancelScope(shield=True):
+            await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
+
+    async def _recall(
+        self, claim: Claim, run_id: str, saga: Saga[..., T], exceptions: Any
+    ) -> Outcome[T]:
+        """Gives the outcome of a run that has ended, or raises what it raised."""
+        ending = claim.ending
+        assert ending is not None
+        reports = _reports(await self._load(claim.key), self._codec)
+        run = _Recorded(saga.name, run_id, reports)
+        state = SagaState[ending.state.name]
+        if state is SagaState.COMPLETED:
+            return Outcome(run, state, self._codec.decode(ending.value, _value_type(saga)), None)
+        if ending.error is None:
+            return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
+        error = decode_error(ending.error)
+        outcome: Outcome[Any] = Outcome(run, state, None, error)
+        if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
+            failures = [r.compensation_error for r in reports if r.compensation_error is not None]
+            error = CompensationFailed(saga.name, None, failures, outcome)
+            outcome = Outcome(run, state, None, error)
+            error.outcome = outcome
+        if not isinstance(error, Exception):
+            raise _taken_back(run_id, outcome) from None
+        attach_outcome(error, outcome)
+        expected = (*saga.exceptions, *_types(exceptions))
+        if state is SagaState.COMPENSATED and _all_expected(error, expected):
+            return outcome
+        raise error
+
+    # --- storage -------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _claim(
+        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+    ) -> Claim:
+        """Takes a run into hand: a new one, or one whose process died; or finds it ended.
+
+        Raises:
+            RunInProgress: A process that lives has it.
+            OtherRun: It is of another saga, or has other arguments.
+        """
+
+    @abstractmethod
+    async def _release(self, key: int) -> None:
+        """Lets a run go that has not ended, so that somebody can recover it."""
+
+    @abstractmethod
+    async def _load(self, key: int) -> list[Event]:
+        """Gives the events of a run, in their order."""
+
+    @abstractmethod
+    def _append(self, key: int, event: Event) -> None:
+        """Takes an event, to be written with the next batch."""
+
+    @abstractmethod
+    async def _flush(self) -> None:
+        """Waits until all that was appended is on disk.
+
+        Raises:
+            JournalError: It could not be written.
+        """
+
+    @abstractmethod
+    async def _end(self, key: int, ending: Ending) -> None:
+        """Records how a run ended, after all that was appended."""
+
+    @abstractmethod
+    async def _reopen(self, key: int) -> None:
+        """Takes into hand a run that had ended."""
+
+    @abstractmethod
+    async def _unfinished(self) -> list[Stored]:
+        """Gives the runs that have not ended, the oldest first."""
+
+    @abstractmethod
+    async def _stored(self, run_id: str) -> Stored | None:
+        """Gives one run; None where there is none of that id."""
+
+    @abstractmethod
+    async def _list(self) -> list[RunInfo]:
+        """Lists the runs, the oldest first."""
+
+    @abstractmethod
+    async def _events(self, run_id: str) -> list[Event]:
+        """Gives the events of a run, by its id."""
+
+    @abstractmethod
+    async def _prune(self, before: float) -> int:
+        """Forgets runs that ended before, and did not fail."""
+
+
+class _Hold:
+    """Keeps a run id in hand for the length of a block."""
+
+    __slots__ = ("_in_hand", "_run_id")
+
+    def __init__(self, in_hand: set[str], run_id: str) -> None:
+        self._in_hand = in_hand
+        self._run_id = run_id
+
+    def __enter__(self) -> None:
+        if self._run_id in self._in_hand:
+            raise RunInProgress(f"run {self._run_id!r} is under way in this process")
+        self._in_hand.add(self._run_id)
+
+    def __exit__(self, *error: object) -> None:
+        self._in_hand.discard(self._run_id)
+
+
+class _Recorded:
+    """A run that has ended, as its outcome needs it."""
+
+    def __init__(self, saga: str, run_id: str, reports: tuple[StepReport, ...]) -> None:
+        self.saga_name = saga
+        self.run_id = run_id
+        self._reports = reports
+
+    def reports(self) -> tuple[StepReport, ...]:
+        return self._reports
+
+
+def _taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
+    error = RunInterrupted(f"the process of run {run_id!r} died, and the run has been taken back")
+    error.outcome = outcome
+    return error
+
+
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
+
+
+def _is_interruption(error: BaseException) -> bool:
+    return not isinstance(error, Exception) and any(
+        isinstance(leaf, Interrupted) for leaf in _leaves(error)
+    )
+
+
+def _cancellation_in(error: BaseException) -> BaseException | None:
+    """Gives the cancellation that ended a run which was given up, or yielded to that."""
+    started = error.error if isinstance(error, CompensationFailed) else error
+    cancelled = anyio.get_cancelled_exc_class()
+    return started if isinstance(started, cancelled) else None
+
+
+def _types(exceptions: Any) -> tuple[type[BaseException], ...]:
+    if exceptions is None:
+        return ()
+    return tuple(exceptions) if hasattr(exceptions, "__iter__") else (exceptions,)
+
+
+def _all_expected(error: BaseException, expected: tuple[type[BaseException], ...]) -> bool:
+    return all(isinstance(leaf, expected) for leaf in _leaves(error))
+
+
+def _by_name(sagas: Iterable[AnySaga]) -> dict[tuple[str, str | None], AnySaga]:
+    known: dict[tuple[str, str | None], AnySaga] = {}
+    for saga in sagas:
+        given: object = saga
+        if not isinstance(given, Saga):
+            raise TypeError(f"journal.recover: sagas must be a list of sagas, and holds {given!r}")
+        other = known.setdefault((saga.name, saga.version), saga)
+        if other is not saga:
+            raise ValueError(
+                f"journal.recover: two sagas have the name {saga.name!r} and the version "
+                f"{saga.version!r}; a run finds its saga by both"
+            )
+    return known
+
+
+def _missing(stored: Stored, known: Mapping[tuple[str, str | None], AnySaga]) -> str:
+    versions = [version for name, version in known if name == stored.saga]
+    what = f"run {stored.run_id!r} is one of saga {stored.saga!r}, version {stored.version!r}"
+    if versions:
+        return f"{what}; of that saga only these versions were given: {versions}"
+    given = ", ".join(sorted({name for name, _ in known})) or "none"
+    return f"{what}, which was not given; give it to recover([...]). Given: {given}"
+
+
+def _value_type(saga: AnySaga) -> Any:
+    return type(None) if saga.function is None else return_type(saga.function)
+
+
+def _function_of(part: Any) -> Callable[..., Any] | None:
+    """Gives the function whose annotations tell what a saga's arguments are."""
+    if isinstance(part, Step):
+        return cast("Step[..., Any]", part).action
+    function = getattr(part, "function", None)
+    if function is not None:
+        return partial(function, None)  # without the scope
+    parts: Sequence[Any] = part.parts if isinstance(part, Saga | Parallel) else ()
+    for inner in parts:
+        found = None if isinstance(inner, Bound) else _function_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
+    """Gives the reports of the steps of a run that has ended, from its history."""
+    reports: dict[tuple[int, ...], StepReport] = {}
+    for kind, path, name, data, _ in relevant(events):
+        known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
+        match kind:
+            case EventKind.STARTED:
+                reports[path] = known
+            case EventKind.DONE:
+                result = codec.decode(data, Any)
+                reports[path] = known._replace(state=StepState.COMPLETED, result=result)
+            case EventKind.FAILED:
+                failure = json.loads(data)
+                state = StepState(failure["state"])
+                reports[path] = known._replace(state=state, error=decode_error(failure["error"]))
+            case EventKind.COMPENSATED:
+                reports[path] = known._replace(state=StepState.COMPENSATED)
+            case EventKind.COMPENSATING:
+                reports[path] = known._replace(state=StepState.COMPENSATION_FAILED)
+            case EventKind.NOT_COMPENSATED:
+                reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
+            case _:
+                pass
+    return tuple(reports[path] for path in sorted(reports))

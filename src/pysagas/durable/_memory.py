@@ -1,0 +1,135 @@
+"""A journal that remembers as long as its process does: for tests of what a crash leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+from anyio.lowlevel import checkpoint
+
+from ._codec import Codec
+from ._errors import JournalError, OtherRun, RunInProgress
+from ._events import Event, RunInfo, RunState
+from ._journal import Claim, Ending, Journal, Stored
+
+__all__ = ["MemoryJournal", "other_run"]
+
+
+@dataclass
+class _Run:
+    stored: Stored
+    started: float
+    events: list[Event] = field(default_factory=list[Event])
+    ending: Ending | None = None
+    ended: float | None = None
+    held: bool = True
+
+
+class MemoryJournal(Journal):
+    """Keeps runs in memory: it survives a crash that is only acted, and no real one."""
+
+    def __init__(self, codec: Codec | None = None) -> None:
+        """Starts with no runs."""
+        super().__init__(codec)
+        self._runs: dict[int, _Run] = {}
+        self._keys = count()
+
+    def _find(self, run_id: str) -> int | None:
+        for key, run in self._runs.items():
+            if run.stored.run_id == run_id:
+                return key
+        return None
+
+    async def _claim(
+        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+    ) -> Claim:
+        await checkpoint()
+        key = self._find(run_id)
+        if key is None:
+            key = next(self._keys)
+            self._runs[key] = _Run(Stored(run_id, saga, version, args, RunState.RUNNING), now)
+            return Claim(key, is_new=True)
+        run = self._runs[key]
+        problem = other_run(run.stored, saga, args)
+        if problem is not None:
+            raise OtherRun(problem)
+        if run.ending is None and run.held:
+            raise RunInProgress(f"run {run_id!r} is under way")
+        run.held = run.ending is None
+        return Claim(key, run.ending)
+
+    async def _release(self, key: int) -> None:
+        self._runs[key].held = False
+
+    async def _load(self, key: int) -> list[Event]:
+        return list(self._runs[key].events)
+
+    def _append(self, key: int, event: Event) -> None:
+        self._runs[key].events.append(event)
+
+    async def _flush(self) -> None:
+        await checkpoint()
+
+    async def _end(self, key: int, ending: Ending) -> None:
+        run = self._runs[key]
+        run.ending, run.held = ending, False
+        run.ended = run.events[-1].at if run.events else run.started
+        run.stored = run.stored._replace(state=ending.state)
+
+    async def _reopen(self, key: int) -> None:
+        run = self._runs[key]
+        run.ending, run.ended, run.held = None, None, True
+        run.stored = run.stored._replace(state=RunState.RUNNING)
+
+    async def _unfinished(self) -> list[Stored]:
+        return [run.stored for run in self._runs.values() if run.ending is None]
+
+    async def _stored(self, run_id: str) -> Stored | None:
+        key = self._find(run_id)
+        return None if key is None else self._runs[key].stored
+
+    async def _list(self) -> list[RunInfo]:
+        return [
+            RunInfo(
+                run.stored.run_id,
+                run.stored.saga,
+                run.stored.version,
+                run.stored.state,
+                run.started,
+                run.ended,
+                run.ending.error["text"] if run.ending is not None and run.ending.error else None,
+                run.held,
+            )
+            for run in self._runs.values()
+        ]
+
+    async def _events(self, run_id: str) -> list[Event]:
+        key = self._find(run_id)
+        if key is None:
+            raise JournalError(f"run {run_id!r} is not in the journal")
+        return list(self._runs[key].events)
+
+    async def _prune(self, before: float) -> int:
+        gone = [
+            key
+            for key, run in self._runs.items()
+            if run.ended is not None
+            and run.ended < before
+            and run.stored.state in (RunState.COMPLETED, RunState.COMPENSATED)
+        ]
+        for key in gone:
+            del self._runs[key]
+        return len(gone)
+
+
+def other_run(stored: Stored, saga: str, args: bytes) -> str | None:
+    """Says why a recorded run is not the one that is asked for."""
+    if stored.saga != saga:
+        return f"run {stored.run_id!r} is one of saga {stored.saga!r}, not of {saga!r}"
+    if stored.args != args:
+        return (
+            f"run {stored.run_id!r} of saga {saga!r} has other arguments: recorded are "
+            f"{stored.args.decode(errors='replace')}, given {args.decode(errors='replace')}; a run id "
+            "belongs to one call"
+        )
+    return None

@@ -1,0 +1,443 @@
+"""One run under a journal: its history is replayed, and what comes after is recorded.
+
+The rules. The history is a list of events; a cursor says how far it is replayed.
+
+- An effect that is recorded takes its events in their turn: it waits until the cursor has come to
+  them. So branches meet as they met. Then it gives the recorded result, or raises the recorded
+  failure, and nothing is run.
+- An effect whose history ends *parks*, until all of the history has been replayed: a group may hold
+  one branch in doubt and another that is two steps ahead. Only then does anything run. So as long
+  as a replay can still find out that this is another saga, nothing has been touched.
+- When all is replayed, parked branches go on, or are interrupted: then the engine's own rollback
+  takes over, whose compensations are effects like others, replayed or run.
+- Where the history says that a rollback began, what is parked below it was cancelled then, and is
+  interrupted now; unless the history shows that forward work went on later, so that whatever
+  cancelled it (a failed sibling, a time limit in the saga) will come again by itself.
+- A cancellation from outside does not cut a replay short, which would lose the steps that were not
+  yet met: it is kept until the branch has used up its history.
+
+What this must not know: how events are stored, or what a step is.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any, NoReturn, Protocol
+
+import anyio
+
+from pysagas import CallNext, Effect, StepInHand, StepState
+
+from ._codec import Codec, decode_error, encode_error, encode_result, return_type
+from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
+from ._events import Event, EventKind
+
+__all__ = ["Recorder", "RunMiddleware"]
+
+Path = tuple[int, ...]
+
+FORWARD = {EventKind.STARTED, EventKind.DONE, EventKind.FAILED, EventKind.COMMITTED}
+BACK = {EventKind.COMPENSATING, EventKind.COMPENSATED, EventKind.NOT_COMPENSATED}
+# By which of its effects an event is met.
+MET_BY = {
+    **dict.fromkeys(FORWARD - {EventKind.COMMITTED}, "action"),
+    **dict.fromkeys(BACK, "compensation"),
+    EventKind.COMMITTED: "commit",
+    EventKind.ROLLBACK: "rollback",
+}
+
+
+class Recorder(Protocol):
+    """Where the events of one run go."""
+
+    def append(self, event: Event) -> None:
+        """Takes an event, to be written with the next batch."""
+        ...
+
+    async def flush(self) -> None:
+        """Waits until all that was appended is on disk.
+
+        Raises:
+            JournalError: It could not be written.
+        """
+        ...
+
+    async def reopen(self) -> None:
+        """Takes up a run again that had ended, to be taken back."""
+        ...
+
+    async def close(self, *, restored: bool) -> None:
+        """Ends that."""
+        ...
+
+
+def _below(path: Path, place: Path) -> bool:
+    return path[: len(place)] == place
+
+
+class RunMiddleware:
+    """The outermost middleware of one run."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        codec: Codec,
+        saga: str,
+        history: list[Event],
+        *,
+        value_type: Any,
+        recovering: bool,
+        resume: bool,
+    ) -> None:
+        self._recorder = recorder
+        self._codec = codec
+        self._saga = saga
+        self._history = history
+        self._resume = resume
+        self._value_type = value_type
+        # What the saga returned, in bytes.
+        self.value = b""
+        self._cursor = 0
+        # For each effect, where its events stand in the history.
+        self._known: dict[tuple[str, Path], list[int]] = {}
+        for index, event in enumerate(history):
+            self._known.setdefault((MET_BY[event.kind], event.path), []).append(index)
+        self._groups: set[Path] = set()
+        # Who waits: for its turn, by index; for the end of the history, by path.
+        self._turns: dict[int, anyio.Event] = {}
+        self._parked: dict[tuple[str, Path], anyio.Event] = {}
+        # What every forward effect raises from now on: the run is to be taken back.
+        self.interrupted: Interrupted | None = None
+        # What every effect raises from now on, compensations included: nothing more is to happen.
+        self.abandoned: BaseException | None = None
+        # Why nothing more is recorded, though the run goes on.
+        self.broken: JournalError | None = None
+        self.ended = False
+        self._restored = True
+        # The last exception of an action, for people.
+        self._last_error = ""
+        # A native cancellation that came during the replay, to be raised at its end.
+        self._late: BaseException | None = None
+        if recovering:
+            self._moved_on()
+
+    # --- the door ------------------------------------------------------------------------------
+
+    async def __call__(self, effect: Effect, call_next: CallNext) -> object:
+        """Replays an effect, or runs and records it."""
+        if self.abandoned is not None:
+            raise self.abandoned
+        match effect.kind:
+            case "action":
+                assert call_next.step is not None
+                return await self._action(effect, call_next, call_next.step)
+            case "compensation":
+                return await self._compensation(effect, call_next)
+            case "rollback":
+                return await self._rollback(effect, call_next)
+            case "commit":
+                return await self._commit(effect, call_next)
+            case _:
+                return await self._whole(effect, call_next)
+
+    async def _whole(self, effect: Effect, call_next: CallNext) -> object:
+        """A saga, or a group."""
+        if effect.kind == "group":
+            self._groups.add(effect.path)
+        try:
+            result = await call_next()
+        except Exception:
+            self._check_over(effect)
+            raise
+        self._check_over(effect)
+        if not effect.path:
+            if self._left():
+                self._interrupt()  # it was cancelled where it had nothing more to do
+            if self.interrupted is not None:
+                raise self.interrupted  # or somebody has swallowed it
+            if self._late is not None:
+                raise self._late
+            place = f"saga {self._saga!r}"
+            self.value = encode_result(self._codec, result, self._value_type, place)
+        return result
+
+    def _check_over(self, effect: Effect) -> None:
+        """Refuses to end something of which there is history left."""
+        if self.abandoned is not None:
+            raise self.abandoned
+        for event in self._left():
+            if event.kind in FORWARD and _below(event.path, effect.path):
+                self._refuse(event, f"{effect.kind} {effect.name!r} at {effect.path} ends without it")
+
+    # --- replay ----------------------------------------------------------------------------------
+
+    def _left(self) -> list[Event]:
+        return self._history[self._cursor :]
+
+    async def _turn(self, index: int) -> None:
+        """Waits for an event's turn, and takes it."""
+        while self._cursor < index and self.abandoned is None:
+            turn = self._turns[index] = anyio.Event()
+            with anyio.CancelScope(shield=True):
+                try:
+                    await turn.wait()
+                except anyio.get_cancelled_exc_class() as error:
+                    self._late = error  # a native one: no shield keeps it away
+        if self.abandoned is not None:
+            raise self.abandoned
+        self._cursor = index + 1
+        self._moved_on()
+
+    async def _meet(self, effect: Effect) -> Event | None:
+        """Takes the events of an effect, each in its turn; gives the last, None where there is none."""
+        indexes = self._known.pop((effect.kind, effect.path), [])
+        for index in indexes:
+            if self._history[index].name != effect.name:
+                self._refuse(self._history[index], f"{effect.name!r} is there now")
+        self._check_place(effect, indexes[0] if indexes else len(self._history))
+        for index in indexes:
+            await self._turn(index)
+        return self._history[indexes[-1]] if indexes else None
+
+    def _moved_on(self) -> None:
+        """Wakes who was waiting for the cursor to come here."""
+        if self._cursor < len(self._history):
+            turn = self._turns.pop(self._cursor, None)
+            if turn is not None:
+                turn.set()
+            elif self._history[self._cursor].kind is EventKind.ROLLBACK:
+                self._wake_parked()
+            return
+        committed = any(event.kind is EventKind.COMMITTED for event in self._history)
+        if not self._resume and not committed:
+            self._interrupt()
+        self._wake_parked()
+
+    def _wake_parked(self) -> None:
+        for event in self._parked.values():
+            event.set()
+
+    def _interrupt(self) -> None:
+        if self.interrupted is None:
+            self.interrupted = Interrupted(
+                f"the process of this run of saga {self._saga!r} had died; it is taken back"
+            )
+
+    def _refuse(self, recorded: Event, met: str) -> NoReturn:
+        """Gives the run up: nothing has been touched, and nothing will be."""
+        self.abandon(
+            SagaChanged(
+                f"saga {self._saga!r} is not the one that was recorded: recorded is {recorded.name!r} "
+                f"at {recorded.path} ({recorded.kind.value}), but {met}; the run is as it was: "
+                "recover it with the saga as it was, and give a changed saga another version"
+            )
+        )
+
+    def abandon(self, error: BaseException) -> NoReturn:
+        """Lets nothing more happen in this run; raises the error wherever something would."""
+        self.abandoned = error
+        for event in (*self._turns.values(), *self._parked.values()):
+            event.set()
+        raise error
+
+    def _check_place(self, effect: Effect, index: int) -> None:
+        """Refuses an effect while history is left that comes before it, in the same branch."""
+        kinds = FORWARD if effect.kind in ("action", "commit") else FORWARD | BACK
+        if index < len(self._history):
+            kinds = FORWARD | BACK
+        for event in self._history[self._cursor : index]:
+            if event.kind in kinds and not self._apart(effect.path, event.path):
+                met = f"{effect.kind} {effect.name!r} at {effect.path} comes in its place"
+                self._refuse(event, met)
+
+    def _apart(self, one: Path, other: Path) -> bool:
+        """Tells whether two places are in different members of a group."""
+        for common, (left, right) in enumerate(zip(one, other, strict=False)):
+            if left != right:
+                return one[:common] in self._groups
+        return False
+
+    async def _park(self, effect: Effect, *, forward: bool) -> None:
+        """Waits until all history is replayed; for forward work, or until it is interrupted.
+
+        Raises:
+            Interrupted: Forward work must not start, or be started again.
+        """
+        key = (effect.kind, effect.path)
+        while self._cursor < len(self._history):
+            if forward and self._was_rolled_back(effect.path):
+                # A sibling that failed in this instant cancels this one: that comes first.
+                await anyio.lowlevel.checkpoint()
+                self._interrupt()
+                break
+            waiting = self._parked[key] = anyio.Event()
+            try:
+                await waiting.wait()
+            finally:
+                del self._parked[key]
+            if self.abandoned is not None:
+                raise self.abandoned
+        if forward and self.interrupted is not None:
+            raise self.interrupted
+
+    def _was_rolled_back(self, path: Path) -> bool:
+        """Tells whether the history has come to a rollback of this place, after which nothing began."""
+        event, *later = self._left()
+        return (
+            event.kind is EventKind.ROLLBACK
+            and _below(path, event.path)
+            and not any(
+                other.kind is EventKind.STARTED and not _below(other.path, event.path)
+                for other in later
+            )
+        )
+
+    # --- actions and commits -----------------------------------------------------------------------
+
+    async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
+        last = await self._meet(effect)
+        if last is not None and last.kind is not EventKind.STARTED:
+            return self._recall(effect, step, last)
+        try:
+            await self._go_forward(effect)
+        except BaseException as error:
+            if last is not None:
+                step.recall(StepState.UNKNOWN, error=error)
+            raise
+        if last is not None:
+            # It runs again; and whatever comes of that, it may have had its effect before.
+            step.recall(StepState.UNKNOWN, error=self._in_doubt())
+        await self._record(EventKind.STARTED, effect)
+        return await self._run_action(effect, call_next, step)
+
+    async def _go_forward(self, effect: Effect) -> None:
+        """Waits until forward work may run.
+
+        Raises:
+            Interrupted: It may not.
+        """
+        await self._park(effect, forward=True)
+        if self._late is not None:
+            raise self._late
+
+    def _in_doubt(self) -> Interrupted:
+        return Interrupted("the process died while this action was running")
+
+    def _recall(self, effect: Effect, step: StepInHand, event: Event) -> object:
+        """Gives the recorded result of an action, or raises what it raised."""
+        kind = return_type(step.action)
+        if event.kind is EventKind.DONE:
+            result = self._decode(event.data, kind, effect)
+            step.recall(StepState.COMPLETED, result=result)
+            return result
+        data = json.loads(event.data)
+        error = decode_error(data["error"])
+        result = None
+        if data["result"] is not None:
+            result = self._decode(data["result"].encode("latin-1"), kind, effect)
+        step.recall(StepState(data["state"]), result=result, error=error)
+        raise error
+
+    def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
+        try:
+            return self._codec.decode(data, kind)
+        except Exception as error:
+            changed = SagaChanged(
+                f"the recorded result of {effect.name!r} at {effect.path}, "
+                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
+                "the action returns changed since?"
+            )
+            changed.__cause__ = error
+            self.abandon(changed)
+
+    async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
+        try:
+            result = await call_next()
+        except BaseException as error:
+            self._last_error = f"{type(error).__name__}: {error}"
+            with suppress(NotRecordable):  # then it stays in doubt
+                done = step.state is StepState.COMPLETED
+                result = self._encode(effect, step, step.result) if done else b""
+                if isinstance(error, Exception):
+                    failure = {
+                        "state": step.state.value,
+                        # Text, whatever the codec: each byte is a character.
+                        "result": result.decode("latin-1") if done else None,
+                        "error": encode_error(self._codec, error),
+                    }
+                    self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
+                elif done:
+                    # A cancellation is no result; but the action had returned before.
+                    self._append(EventKind.DONE, effect, result)
+            raise
+        self._append(EventKind.DONE, effect, self._encode(effect, step, result))
+        return result
+
+    def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
+        place = f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
+        return encode_result(self._codec, result, return_type(step.action), place)
+
+    async def _commit(self, effect: Effect, call_next: CallNext) -> object:
+        if await self._meet(effect) is None:
+            await self._go_forward(effect)
+            await self._record(EventKind.COMMITTED, effect)
+        return await call_next()
+
+    # --- the way back --------------------------------------------------------------------------------
+
+    async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
+        if await self._meet(effect) is None:
+            await self._park(effect, forward=False)
+            if self.ended:
+                await self._recorder.reopen()
+            self._append(EventKind.ROLLBACK, effect, self._last_error.encode())
+        try:
+            return await call_next()
+        finally:
+            if self.ended:
+                await self._recorder.close(restored=self._restored)
+
+    async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
+        last = await self._meet(effect)
+        if last is not None and last.kind is EventKind.COMPENSATED:
+            return None
+        if last is not None and last.kind is EventKind.NOT_COMPENSATED:
+            self._restored = False
+            raise decode_error(json.loads(last.data))
+        # Not begun; or in doubt, and then it runs again.
+        await self._park(effect, forward=False)
+        with suppress(JournalError):  # it has to run, recorded or not; recovery will run it again
+            await self._record(EventKind.COMPENSATING, effect)
+        try:
+            result = await call_next()
+        except BaseException as error:
+            self._restored = False
+            if isinstance(error, Exception):
+                data = json.dumps(encode_error(self._codec, error)).encode()
+                self._append(EventKind.NOT_COMPENSATED, effect, data)
+            raise
+        self._append(EventKind.COMPENSATED, effect)
+        return result
+
+    # --- recording -----------------------------------------------------------------------------------
+
+    def _append(self, kind: EventKind, effect: Effect, data: bytes = b"") -> None:
+        if self.broken is None:
+            try:
+                self._recorder.append(Event(kind, effect.path, effect.name, data))
+            except JournalError as error:
+                # It has happened, recorded or not. What follows will not.
+                self.broken = error
+
+    async def _record(self, kind: EventKind, effect: Effect) -> None:
+        """Records what is about to happen; when this returns, it is on disk, and all before it."""
+        self._append(kind, effect)
+        try:
+            if self.broken is None:
+                await self._recorder.flush()
+        except JournalError as error:
+            # What was lost leaves a gap, after which nothing can be recorded any more.
+            self.broken = error
+        if self.broken is not None:
+            raise self.broken
