@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Mapping
@@ -211,7 +212,7 @@ def _typed(codec: Codec, value: object, kind: Any) -> Any:
 # --- exceptions ---------------------------------------------------------------------------------
 
 
-def encode_error(codec: Codec, error: BaseException) -> dict[str, Any]:
+def encode_error(error: BaseException) -> dict[str, Any]:
     """Gives what is recorded of an exception: enough to make it again, or at least to name it."""
     kind = type(error)
     recorded: dict[str, Any] = {
@@ -222,22 +223,22 @@ def encode_error(codec: Codec, error: BaseException) -> dict[str, Any]:
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         recorded["text"] = group.message
-        recorded["errors"] = [encode_error(codec, one) for one in group.exceptions]
+        recorded["errors"] = [encode_error(one) for one in group.exceptions]
         return recorded
     fields = {
         name: value
         for name, value in vars(error).items()
-        if not name.startswith("__") and _comes_back(codec, value)
+        if not name.startswith("__") and _comes_back(value)
     }
-    if all(_comes_back(codec, value) for value in error.args):
+    if all(_comes_back(value) for value in error.args):
         recorded["args"] = list(error.args)
         recorded["fields"] = fields
     return recorded
 
 
-def _comes_back(codec: Codec, value: object) -> bool:
+def _comes_back(value: object) -> bool:
     try:
-        back = codec.decode(codec.encode(value), Any)
+        back = json.loads(json.dumps(value))
     except Exception:
         return False
     return type(back) is type(value) and bool(back == value)

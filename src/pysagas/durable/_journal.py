@@ -423,7 +423,7 @@ class Journal(ABC):
             await self._release(claim.key)
             return
         value = middleware.value if error is None else b""
-        recorded = None if error is None else encode_error(self._codec, error)
+        recorded = None if error is None else encode_error(error)
         with anyio.CancelScope(shield=True):
             await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Self
 
 from anyio.lowlevel import checkpoint
 
@@ -33,6 +35,14 @@ class MemoryJournal(Journal):
         super().__init__(codec)
         self._runs: dict[int, _Run] = {}
         self._keys = count()
+
+    def in_next_process(self) -> Self:
+        """Gives the journal as the next process finds it: with the same runs, none of them in hand."""
+        journal = copy(self)
+        journal._in_hand = set()
+        for run in self._runs.values():
+            run.held = False
+        return journal
 
     def _find(self, run_id: str) -> int | None:
         for key, run in self._runs.items():

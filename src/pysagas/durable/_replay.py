@@ -364,7 +364,7 @@ class RunMiddleware:
                         "state": step.state.value,
                         # Text, whatever the codec: each byte is a character.
                         "result": result.decode("latin-1") if done else None,
-                        "error": encode_error(self._codec, error),
+                        "error": encode_error(error),
                     }
                     self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
                 elif done:
@@ -414,7 +414,7 @@ class RunMiddleware:
         except BaseException as error:
             self._restored = False
             if isinstance(error, Exception):
-                data = json.dumps(encode_error(self._codec, error)).encode()
+                data = json.dumps(encode_error(error)).encode()
                 self._append(EventKind.NOT_COMPENSATED, effect, data)
             raise
         self._append(EventKind.COMPENSATED, effect)

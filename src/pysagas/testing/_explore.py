@@ -39,6 +39,7 @@ async def explore(
     faults: Iterable[Plan | Fault] | None = None,
     *,
     pairs: bool = False,
+    kills: bool = False,
     only: Only | None = None,
     progress: bool | None = None,
 ) -> Report:
@@ -58,6 +59,9 @@ async def explore(
             or one that gives an async context manager of the trial, to close what it opened.
         faults: What to try; by default everything.
         pairs: Tries each of them with every fault that can still follow it, too.
+        kills: Lets the process be killed, too: before and after each effect, and at each
+            checkpoint. It is acted, with a journal in memory: the run is recovered, and everything
+            has to be taken back. For sagas that you give to `pysagas.durable`.
         only: Leaves out the faults for which it returns something false.
         progress: Shows how far it has come, on standard error. None: where it takes longer than a
             second, and standard error is a terminal.
@@ -71,7 +75,7 @@ async def explore(
         BaseException: What `trial` itself raises, or its `state`. A cancellation of this call lets
             the run that is under way take everything back, and goes on.
     """
-    exploration = Exploration(trial)
+    exploration = Exploration(trial, kills=kills)
     await exploration.learn()
     plans = exploration.plans(only) if faults is None else [_plan(given) for given in faults]
     results: list[Result] = []
@@ -92,6 +96,7 @@ async def explore(
 def faults(
     trial: MakeTrial,
     *,
+    kills: bool = False,
     only: Only | None = None,
     backend: str = "asyncio",
     backend_options: Mapping[str, Any] | None = None,
@@ -103,6 +108,7 @@ def faults(
 
     Args:
         trial: As for `explore`.
+        kills: As for `explore`.
         only: As for `explore`.
         backend: Where the saga is run to learn its places: the loop on which the tests will run,
             since one may wait where another does not.
@@ -113,7 +119,7 @@ def faults(
     """
 
     async def learn() -> list[Plan]:
-        exploration = Exploration(trial)
+        exploration = Exploration(trial, kills=kills)
         await exploration.learn()
         return exploration.plans(only)
 
@@ -131,7 +137,7 @@ def _plan(given: Plan | Fault) -> Plan:
 class Exploration:
     """Learns the places of a trial's saga, runs plans, and judges what came of them."""
 
-    def __init__(self, trial: MakeTrial) -> None:
+    def __init__(self, trial: MakeTrial, *, kills: bool = False) -> None:
         if not callable(trial):  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError(
                 f"explore: trial must be a function that makes a Trial, not {trial!r}: it is called "
@@ -141,6 +147,7 @@ class Exploration:
         self.notes: tuple[str, ...] = ()
         self._make = trial
         self._native = False
+        self._kills = kills
         # A run without a fault for each commit that it may pass, and the state in which it came to
         # its end, if that is the same each time.
         self._clean: list[TrialRun] = []
@@ -234,7 +241,7 @@ class Exploration:
         known: list[Event] = [
             (event, self._shown.get(place, place), number) for event, place, number in events
         ]
-        found = possible_faults(known, native=self._native)
+        found = possible_faults(known, native=self._native, kills=self._kills)
         return [fault for fault in found if only is None or only(fault)]
 
     def plans(self, only: Only | None) -> list[Plan]:

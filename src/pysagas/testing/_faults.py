@@ -120,6 +120,17 @@ class FaultKind(Enum):
     """It does all that it does, and then raises: the answer was lost."""
     RUNS_TWICE = "runs twice"
     """It is called a second time when it has ended, as by a service that answers no sooner."""
+    KILLED_BEFORE = "killed before its effect"
+    """The process is killed when it has been recorded as begun; then the run is recovered."""
+    KILLED = "killed"
+    """The process is killed while it waits at a checkpoint; then the run is recovered."""
+    KILLED_AFTER = "killed after its effect"
+    """The process is killed before its result is recorded; then the run is recovered."""
+
+    @property
+    def kills(self) -> bool:
+        """Whether it ends the process."""
+        return self in (FaultKind.KILLED_BEFORE, FaultKind.KILLED, FaultKind.KILLED_AFTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +157,7 @@ class Fault:
         """What goes wrong, in words."""
         once = "once, " if self.once else ""
         match self.kind:
-            case FaultKind.CANCELLED | FaultKind.CANCELLED_NATIVELY:
+            case FaultKind.CANCELLED | FaultKind.CANCELLED_NATIVELY | FaultKind.KILLED:
                 return f"{self.kind.value} at checkpoint {self.checkpoint}"
             case FaultKind.DECLINES:
                 assert self.error is not None
@@ -199,17 +210,20 @@ EventKind = Literal["enter", "checkpoint", "done"]
 Event = tuple[EventKind, Place, int]
 
 
-def possible_faults(events: Iterable[Event], *, native: bool) -> Iterator[Fault]:
+def possible_faults(events: Iterable[Event], *, native: bool, kills: bool = False) -> Iterator[Fault]:
     """Gives each fault that could be made where something was seen of a place, once.
 
     Args:
         events: What was seen of a run, in its order.
         native: Whether tasks can be cancelled natively.
+        kills: Whether the process may be killed.
     """
     for event, place, number in dict.fromkeys(events):
         repeats = (False, True) if place.retried else (False,)
         forward = place.kind == "action"
         if event == "enter" and number == 1:
+            if kills:
+                yield Fault(place, FaultKind.KILLED_BEFORE)
             for once in repeats:
                 yield Fault(place, FaultKind.FAILS_BEFORE, once=once)
                 for error in place.declared:
@@ -218,8 +232,12 @@ def possible_faults(events: Iterable[Event], *, native: bool) -> Iterator[Fault]
             yield Fault(place, FaultKind.CANCELLED, number)
             if native:
                 yield Fault(place, FaultKind.CANCELLED_NATIVELY, number)
+            if kills:
+                yield Fault(place, FaultKind.KILLED, number)
         elif event == "done" and number == 1:
             if forward:
                 for once in repeats:
                     yield Fault(place, FaultKind.FAILS_AFTER, once=once)
             yield Fault(place, FaultKind.RUNS_TWICE)
+            if kills:
+                yield Fault(place, FaultKind.KILLED_AFTER)

@@ -22,7 +22,7 @@ from ._faults import (
     Plan,
     Trial,
 )
-from ._watched import current_watcher
+from ._watched import Killed, current_watcher
 
 __all__ = ["TrialRun", "native_cancel"]
 
@@ -33,6 +33,9 @@ WHEN: dict[FaultKind, EventKind] = {
     FaultKind.CANCELLED_NATIVELY: "checkpoint",
     FaultKind.FAILS_AFTER: "done",
     FaultKind.RUNS_TWICE: "done",
+    FaultKind.KILLED_BEFORE: "enter",
+    FaultKind.KILLED: "checkpoint",
+    FaultKind.KILLED_AFTER: "done",
 }
 
 
@@ -53,7 +56,8 @@ class TrialRun:
         self.groups = 0
         # What was made to happen: the exception raised, if it was one.
         self.happened: dict[Fault, Exception | None] = {}
-        self.passed = 0
+        self.killed: Killed | None = None
+        self.frozen: list[object] = []
         self.at_commit = False
         self.again_at_rollback = False
         self.natively = False
@@ -65,6 +69,8 @@ class TrialRun:
         self.before: object = None
         self.at_end: object = None
         self.after: object = None
+        # The commits that were passed.
+        self._passed: set[tuple[int, ...]] = set()
         self._counts: dict[tuple[EventKind, Place], int] = {}
         self._scope = anyio.CancelScope()
         self._cancel_task: Callable[[], object] = self._scope.cancel
@@ -85,13 +91,20 @@ class TrialRun:
 
     def _meet(self, event: EventKind, place: Place) -> bool:
         """Makes what is planned for this event; tells whether the function is to be called again."""
+        if self.killed is not None:
+            raise self.killed
         number = self._counts[event, place] = self._counts.get((event, place), 0) + 1
         self.events.append((event, place, number))
         again = False
         for fault in self.plan.faults:
             if fault.place != place or WHEN[fault.kind] != event:
                 continue
-            if event == "checkpoint":
+            if fault.kind.kills:
+                if number == (fault.checkpoint or 1):
+                    self._note(fault)
+                    self.killed = Killed(str(fault))
+                    raise self.killed
+            elif event == "checkpoint":
                 if fault.checkpoint == number:
                     self._cancel(fault)
             elif fault.kind is FaultKind.RUNS_TWICE:
@@ -132,14 +145,16 @@ class TrialRun:
 
     async def around(self, effect: Effect, call_next: CallNext) -> object:
         """The outermost middleware: ends the run where the plan says so."""
+        if self.killed is not None:
+            raise self.killed
         if effect.kind == "group":
             self.groups += 1
-        elif effect.kind == "commit":
-            if self.passed == self.plan.commits:
+        elif effect.kind == "commit" and effect.path not in self._passed:
+            if len(self._passed) == self.plan.commits:
                 self.at_commit = True
                 await self._end()
             result = await call_next()
-            self.passed += 1
+            self._passed.add(effect.path)
             self.before = await self.snapshot()
             return result
         elif effect.kind == "saga" and not effect.path:
@@ -149,7 +164,8 @@ class TrialRun:
 
     async def _end(self) -> None:
         await anyio.lowlevel.checkpoint()  # a cancellation that nobody met is met here
-        self.at_end = await self.snapshot()
+        if self.ended is None:  # or a recovered run comes here again
+            self.at_end = await self.snapshot()
         self.ended = Ended("made to fail at its end, to be taken back")
         raise self.ended
 
@@ -192,10 +208,13 @@ class TrialRun:
             current_watcher.reset(token)
 
     async def _call(self) -> None:
+        if any(fault.kind.kills for fault in self.plan.faults):
+            from ._killed import run_killed  # noqa: PLC0415 - needs a journal
+
+            self.outcome, self.error = await run_killed(self)
+            return
         try:
-            self.outcome = await self.saga.run_with(
-                self.trial.args, self.trial.kwargs, middleware=[self.around]
-            )
+            self.outcome = await self.saga.run(*self.trial.args, **self.trial.kwargs)
             self.error = self.outcome.error
         except BaseException as error:
             self.error = error

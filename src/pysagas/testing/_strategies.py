@@ -21,6 +21,7 @@ def fault_plans(
     trial: MakeTrial,
     *,
     most: int = 3,
+    kills: bool = False,
     only: Only | None = None,
     backend: str = "asyncio",
     backend_options: Mapping[str, Any] | None = None,
@@ -34,6 +35,7 @@ def fault_plans(
     Args:
         trial: As for `explore`.
         most: Faults in one plan, at least 1.
+        kills: As for `explore`.
         only: As for `explore`.
         backend: As for `pysagas.testing.faults`.
         backend_options: As for ``anyio.run``.
@@ -52,7 +54,7 @@ def fault_plans(
     if most < 1:
         raise ValueError(f"fault_plans: most must be at least 1, not {most!r}")
     run = partial(anyio.run, backend=backend, backend_options=dict(backend_options or {}))
-    exploration = Exploration(trial)
+    exploration = Exploration(trial, kills=kills)
     # By what is planned so far: what could be added.
     known: dict[Plan | None, list[Plan]] = {}
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol, cast
 
 from pysagas import (
     Bound,
+    CallNext,
+    Effect,
     Parallel,
     Saga,
     SagaScope,
@@ -37,6 +39,16 @@ Function = Callable[..., Any]
 class Watcher(Protocol):
     """Who watches one run. Each method may raise: that is the fault."""
 
+    @property
+    def killed(self) -> Killed | None:
+        """What stands for the end of the process, once that has come; no function runs any more."""
+        ...
+
+    @property
+    def frozen(self) -> list[object]:
+        """What was running at that moment, and has to be kept as it is."""
+        ...
+
     def enter(self, place: Place) -> None:
         """A function is about to be called."""
         ...
@@ -49,15 +61,27 @@ class Watcher(Protocol):
         """It has returned; tells whether it is to be called again."""
         ...
 
+    async def around(self, effect: Effect, call_next: CallNext) -> object:
+        """The outermost middleware of the saga."""
+        ...
+
+
+class Killed(BaseException):
+    """Ends all that a run does, as if its process had been killed."""
+
 
 # Of the run that is under way: the rebuilt definitions are used for many runs. Worker threads and
 # child tasks see it too.
 current_watcher: ContextVar[Watcher] = ContextVar("pysagas_watcher")
 
 
+async def _around(effect: Effect, call_next: CallNext) -> object:
+    return await current_watcher.get().around(effect, call_next)
+
+
 def watched(original: Saga[..., Any]) -> Saga[..., Any]:
     """Rebuilds a saga, so that `current_watcher` sees and changes how it runs."""
-    return _Rebuilding().saga(original)
+    return _Rebuilding().saga(original, (_around,))
 
 
 class _Watching(Awaitable[Any]):
@@ -76,14 +100,21 @@ class _Watching(Awaitable[Any]):
             yielded = inner.send(None)
             while True:
                 watcher.checkpoint(self._place)
+                sent: Any = None
+                error: BaseException | None = None
                 try:
                     sent = yield yielded
-                except BaseException as error:
-                    yielded = inner.throw(error)
-                else:
-                    yielded = inner.send(sent)
+                except BaseException as raised:
+                    error = raised
+                if watcher.killed is not None:
+                    raise watcher.killed
+                yielded = inner.send(sent) if error is None else inner.throw(error)
         except StopIteration as stop:
             return stop.value
+        except Killed:
+            # What is killed does not come to its `finally`: nor when it is collected.
+            watcher.frozen.append(inner)
+            raise
 
 
 class _Rebuilding:
@@ -124,13 +155,13 @@ class _Rebuilding:
             on_failure=group.on_failure,
         )
 
-    def saga(self, original: Saga[..., Any]) -> Saga[..., Any]:
+    def saga(self, original: Saga[..., Any], around: tuple[Any, ...] = ()) -> Saga[..., Any]:
         options: dict[str, Any] = {
             "name": original.name,
             "exceptions": original.exceptions,
             "rollback_timeout": original.rollback_timeout,
             "on_compensation_failure": original.on_compensation_failure,
-            "middleware": original.middleware,
+            "middleware": (*around, *original.middleware),
             "version": original.version,
         }
         function = original.function
