@@ -9,8 +9,10 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from pysagas import Outcome, outcome_of
+from pysagas import Outcome
 from pysagas.durable import Event, MemoryJournal
+
+from ._watched import Killed
 
 if TYPE_CHECKING:
     from ._run import TrialRun
@@ -67,27 +69,24 @@ async def run_killed(run: TrialRun) -> tuple[Outcome[Any] | None, BaseException 
 
     Returns:
         The outcome, and what it ended with.
+
+    Raises:
+        BaseException: What the run ended with, if it ended before its process could be killed.
     """
     journal = _KillableJournal(run)
+    ended: tuple[Outcome[Any] | None, BaseException | None] = (None, None)
     try:
         outcome = await journal.run(run.saga, *run.trial.args, run_id=RUN_ID, **run.trial.kwargs)
-        ended: tuple[Outcome[Any] | None, BaseException | None] = (outcome, outcome.error)
-    except BaseException as error:
-        if not _was_killed(run):
-            raise
-        ended = (outcome_of(error), error)
-    while _was_killed(run):
+        ended = (outcome, outcome.error)
+    except* Killed:
+        pass
+    while run.killed is not None:
         run.killed = None
         journal = journal.in_next_process()
         try:
             report = await journal.recover([run.saga])
             (found,) = (*report.recovered, *report.failed, *report.left)
             ended = (found.outcome, found.error)
-        except BaseException:
-            if not _was_killed(run):
-                raise
+        except* Killed:
+            pass
     return ended
-
-
-def _was_killed(run: TrialRun) -> bool:
-    return run.killed is not None

@@ -208,12 +208,12 @@ class TrialRun:
             current_watcher.reset(token)
 
     async def _call(self) -> None:
-        if any(fault.kind.kills for fault in self.plan.faults):
-            from ._killed import run_killed  # noqa: PLC0415 - needs a journal
-
-            self.outcome, self.error = await run_killed(self)
-            return
         try:
+            if any(fault.kind.kills for fault in self.plan.faults):
+                from ._killed import run_killed  # noqa: PLC0415 - needs a journal
+
+                self.outcome, self.error = await run_killed(self)
+                return
             self.outcome = await self.saga.run(*self.trial.args, **self.trial.kwargs)
             self.error = self.outcome.error
         except BaseException as error:
