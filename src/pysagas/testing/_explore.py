@@ -63,8 +63,8 @@ async def explore(
             checkpoint. It is acted, with a journal in memory: the run is recovered, and everything
             has to be taken back. For sagas that you give to `pysagas.durable`.
         only: Leaves out the faults for which it returns something false.
-        progress: Shows how far it has come, on standard error. None: where it takes longer than a
-            second, and standard error is a terminal.
+        progress: Whether to show how far it has come, on standard error, where it takes longer than
+            a second. None: if that is a terminal.
 
     Returns:
         The report: ``assert report.ok, report``.
@@ -77,7 +77,7 @@ async def explore(
     """
     exploration = Exploration(trial, kills=kills)
     await exploration.learn()
-    plans = exploration.plans(only) if faults is None else [_plan(given) for given in faults]
+    plans = exploration.plans(only) if faults is None else list(map(exploration.plan_of, faults))
     results: list[Result] = []
     with progress_on(exploration.saga, progress) as step:
         for number, plan in enumerate(plans):
@@ -124,14 +124,6 @@ def faults(
         return exploration.plans(only)
 
     return anyio.run(learn, backend=backend, backend_options=dict(backend_options or {}))
-
-
-def _plan(given: Plan | Fault) -> Plan:
-    if isinstance(given, Fault):
-        return Plan((given,))
-    if isinstance(given, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return given
-    raise TypeError(f"explore: faults must hold what faults() gives, not {given!r}")
 
 
 class Exploration:
@@ -244,12 +236,25 @@ class Exploration:
         found = possible_faults(known, native=self._native, kills=self._kills)
         return [fault for fault in found if only is None or only(fault)]
 
-    def plans(self, only: Only | None) -> list[Plan]:
-        """Gives a plan for each fault: in the order of places, first of actions, then back."""
+    def plan_of(self, given: Plan | Fault) -> Plan:
+        """Gives the plan of a single fault; a plan as it is."""
+        if isinstance(given, Fault):
+            return Plan((given,), self._found(None).get(given, 0))
+        if isinstance(given, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return given
+        raise TypeError(f"explore: faults must hold what faults() gives, not {given!r}")
+
+    def _found(self, only: Only | None) -> dict[Fault, int]:
+        """Gives each fault that is possible, with the number of commits before it."""
         found: dict[Fault, int] = {}
         for commits, run in enumerate(self._clean):
             for fault in self._possible(run.events, only):
                 found.setdefault(fault, commits)
+        return found
+
+    def plans(self, only: Only | None) -> list[Plan]:
+        """Gives a plan for each fault: in the order of places, first of actions, then back."""
+        found = self._found(only)
         order = list(FaultKind)
         ordered = sorted(
             found,

@@ -98,14 +98,16 @@ class EffectsLedger:
         known = self._standing.get(name)
         if known is None:
             gone = self._taken_back.get(name)
-            if gone is not None and (key is None or key != gone.key):
+            if gone is not None and gone.place == place and (key is None or key != gone.key):
                 raise LedgerError(
                     f"{name!r} is taken back twice{_at(gone)}; a request that may be repeated is told "
                     "by its key: take_back(name, key=current_effect().key)"
                 )
             # So that an effect which comes after this is known to be late.
-            self._taken_back.setdefault(name, _Effect(name, place, key))
+            self._taken_back[name] = _Effect(name, place, key)
             return False
+        if known.place is not None and place is not None and known.place[0] != place[0]:
+            return False  # it is another run's
         names = list(self._standing)
         for later in names[names.index(name) + 1 :]:
             if self._in_order(known, self._standing[later]):
@@ -119,7 +121,7 @@ class EffectsLedger:
         """Tells whether the later one has to be taken back first."""
         one, other = earlier.place, later.place
         if other in self._tried:
-            return False  # that was tried, and failed
+            return False  # that was tried, and failed; or it is in doubt, and cannot be
         if one is None or other is None or one[0] != other[0]:
             return True
         common = 0
@@ -143,9 +145,11 @@ class EffectsLedger:
         self._watching = True
         if effect.kind == "group":
             self._groups.add((effect.run_id, effect.path))
-        elif effect.kind == "compensation":
+        try:
+            return await call_next()
+        except BaseException:
             self._tried.add((effect.run_id, effect.path))
-        return await call_next()
+            raise
 
     def step(
         self,

@@ -31,8 +31,10 @@ def progress_on(
     Yields:
         What to call with how many are done, and how many there are, if that is known.
     """
-    stream = sys.stderr
-    if wanted is None:
+    stream: TextIO | None = sys.stderr
+    if stream is None:
+        wanted = False  # as in a program without a console
+    elif wanted is None:
         wanted = stream.isatty()
     begun = last = clock()
     shown: Advance | None = None
@@ -41,7 +43,7 @@ def progress_on(
         def advance(done: int, total: int | None) -> None:
             nonlocal shown, last
             now = clock()
-            if not wanted or now - begun < PATIENCE or now - last < PACE:
+            if stream is None or not wanted or now - begun < PATIENCE or now - last < PACE:
                 return
             last = now
             if shown is None:

@@ -147,7 +147,9 @@ def _failures(results: Iterable[Result]) -> list[Result]:
 def _lines(saga: str, results: Sequence[Result], notes: Iterable[str]) -> Iterator[str]:
     failures = _failures(results)
     smallest = _smallest(failures)
-    if failures:
+    if not results:
+        yield f"{saga}: nothing was tried"
+    elif failures:
         yield f"{saga}: NOT RESTORED after {len(failures)} of {len(results)} runs"
     else:
         yield f"{saga}: everything restored after {len(results)} runs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from inspect import isawaitable
@@ -62,6 +63,10 @@ class TrialRun:
         self.again_at_rollback = False
         self.natively = False
         self.ended: Exception | None = None
+        # What is no part of the saga, and has to reach whoever explores: raised by the state; or
+        # what a fake raises that is neither a failure nor a cancellation.
+        self._escaped: BaseException | None = None
+        self._thread = threading.get_ident()
         self.outcome: Outcome[Any] | None = None
         self.error: BaseException | None = None
         # The states: what a rollback has to restore, what was there when the run came to its end,
@@ -80,7 +85,10 @@ class TrialRun:
     def enter(self, place: Place) -> None:
         if place.kind == "compensation" and self.again_at_rollback:
             self.again_at_rollback = False
-            self._cancel_task()
+            if threading.get_ident() == self._thread:
+                self._cancel_task()
+            else:
+                anyio.from_thread.run_sync(self._cancel_task)
         self._meet("enter", place)
 
     def checkpoint(self, place: Place) -> None:
@@ -135,7 +143,7 @@ class TrialRun:
         if fault.error is not None:
             try:
                 return fault.error(str(fault))
-            except TypeError:  # it wants other arguments: made without asking its __init__
+            except Exception:  # it wants other arguments: made without asking its __init__
                 return fault.error.__new__(fault.error, str(fault))
         error = self.trial.failure(str(fault))
         if fault.kind is FaultKind.FAILS_AFTER and isinstance(error, fault.place.declared):
@@ -169,27 +177,36 @@ class TrialRun:
         self.ended = Ended("made to fail at its end, to be taken back")
         raise self.ended
 
+    def entered(self, place: Place) -> int:
+        """Tells how often a place was entered."""
+        return self._counts.get(("enter", place), 0)
+
     # The run itself.
 
     async def snapshot(self) -> object:
         """Reads the state, as a copy: the original may be what the saga goes on to change."""
-        state = self.trial.state()
-        if isawaitable(state):
-            state = await state
+        try:
+            state = self.trial.state()
+            if isawaitable(state):
+                state = await state
+        except Exception as error:
+            self._escaped = error
+            raise
         try:
             return deepcopy(state)
         except Exception as error:
-            raise CannotExplore(
+            self._escaped = CannotExplore(
                 f"the trial's state cannot be copied: {error!r}; let it return plain values"
-            ) from error
+            )
+            raise self._escaped from error
 
     async def go(self) -> None:
         """Runs the saga, from one look at the state to another."""
         self.before = await self.snapshot()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._host)
-        if isinstance(self.error, CannotExplore):
-            raise self.error
+        if self._escaped is not None:
+            raise self._escaped
         self.after = await self.snapshot()
 
     async def _host(self) -> None:
@@ -200,10 +217,12 @@ class TrialRun:
             with self._scope:
                 await self._call()
         except BaseException as error:
-            # A native cancellation of ours has done its work, and this task ends here.
-            ours = self.natively and isinstance(error, anyio.get_cancelled_exc_class())
-            if not ours and not isinstance(error, Exception):
-                raise
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                # A native cancellation of ours has done its work, and this task ends here.
+                if not self.natively:
+                    raise
+            elif not isinstance(error, Exception):
+                self._escaped = error
         finally:
             current_watcher.reset(token)
 
@@ -214,7 +233,7 @@ class TrialRun:
 
                 self.outcome, self.error = await run_killed(self)
                 return
-            self.outcome = await self.saga.run(*self.trial.args, **self.trial.kwargs)
+            self.outcome = await self.saga.run_with(self.trial.args, self.trial.kwargs)
             self.error = self.outcome.error
         except BaseException as error:
             self.error = error

@@ -12,8 +12,7 @@ def virtual_time(*, threshold: float = 0.0) -> dict[str, Any]:
 
     So retries and timeouts cost nothing: ``anyio.run(test, backend="trio",
     backend_options=virtual_time())``, or, with AnyIO's plugin for pytest, a fixture
-    ``anyio_backend`` that returns ``("trio", virtual_time())``. Each run needs new ones. asyncio
-    has no such clock.
+    ``anyio_backend`` that returns ``("trio", virtual_time())``. asyncio has no such clock.
 
     Args:
         threshold: Seconds of real time in which nothing may happen before the clock jumps. Zero is

@@ -39,7 +39,8 @@ def judge(run: TrialRun, once: object) -> Result:
         return replace(result, problem=f"the run ended without an outcome, by {run.error!r}")
     reports = {report.path: report for report in outcome.steps}
     for fault, error in run.happened.items():
-        problem = _evidence(fault, error, reports.get(fault.place.path)) or _swallowed(run, fault)
+        report = reports.get(fault.place.path)
+        problem = _evidence(run, fault, error, report) or _swallowed(run, fault)
         if problem is not None:
             return replace(result, problem=problem)
     failed = [report for report in outcome.steps if report.state is StepState.COMPENSATION_FAILED]
@@ -87,27 +88,39 @@ def same(one: Any, other: Any) -> bool:
 def all_differences(one: object, other: object) -> Iterator[str]:
     """Says where two states differ, if they do."""
     if not same(one, other):
-        yield from differences(one, other)
+        # They may differ in something that is not shown, such as an order.
+        yield from list(differences(one, other)) or [f"was {one!r}, is {other!r}"]
 
 
-def _evidence(fault: Fault, error: Exception | None, report: StepReport | None) -> str | None:
+def _evidence(
+    run: TrialRun, fault: Fault, error: Exception | None, report: StepReport | None
+) -> str | None:
     """Says why a fault cannot have happened where it was planned, by the saga's own report."""
     place = fault.place
     if report is None or report.name != place.name:
         return f"{fault}: the saga's report has no such step at {place.path}, but {report}"
     reported = report.error if place.kind == "action" else report.compensation_error
-    if error is not None and reported is not error and not place.retried:
+    again = run.entered(place) > 1  # a retry, or a middleware, has tried once more
+    if error is not None and reported is not error and not again:
         return f"{fault}: the saga's report has {reported!r} instead"
     return None
 
 
 def _swallowed(run: TrialRun, fault: Fault) -> str | None:
     """Says that a cancellation did not reach the caller."""
-    native = fault.kind is FaultKind.CANCELLED_NATIVELY
-    # A scope that is cancelled during a rollback does not interrupt it, and need not be met.
-    to_be_met = native or (fault.kind is FaultKind.CANCELLED and fault.place.kind == "action")
-    if to_be_met and not isinstance(run.error, (get_cancelled_exc_class(), CompensationFailed)):
-        return f"the cancellation was swallowed: the run ended with {run.error!r}"
+    forward = fault.place.kind == "action"
+    if fault.kind is FaultKind.CANCELLED:
+        # A scope that is cancelled during a rollback does not interrupt it, and need not be met;
+        # nor is it where another fault ends the run first, in an action that shields itself.
+        to_be_met = forward and not any(run.happened.values())
+    else:
+        to_be_met = fault.kind is FaultKind.CANCELLED_NATIVELY
+    expected = (get_cancelled_exc_class(), CompensationFailed)
+    # One that has come to its end has swallowed it, whatever the second one did.
+    went_on = forward and run.ended is not None
+    if to_be_met and (went_on or not isinstance(run.error, expected)):
+        how = "went on to its end" if went_on else f"ended with {run.error!r}"
+        return f"the cancellation was swallowed: the run {how}"
     return None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from functools import partial, update_wrapper
+from functools import partial
 from inspect import isawaitable, iscoroutinefunction
 from types import TracebackType
 from typing import Any, Protocol, cast
@@ -62,7 +62,7 @@ class Watcher(Protocol):
         ...
 
     async def around(self, effect: Effect, call_next: CallNext) -> object:
-        """The outermost middleware of the saga."""
+        """The innermost middleware of the saga."""
         ...
 
 
@@ -138,7 +138,7 @@ class _Rebuilding:
 
     def _rebuild(self, original: Any) -> Any:
         rebuilders: dict[Any, Callable[[Any], Any]] = {
-            Step: self._step,
+            Step: self.step,
             Parallel: self._group,
             Saga: self.saga,
         }
@@ -161,7 +161,8 @@ class _Rebuilding:
             "exceptions": original.exceptions,
             "rollback_timeout": original.rollback_timeout,
             "on_compensation_failure": original.on_compensation_failure,
-            "middleware": (*around, *original.middleware),
+            # Innermost, so that what ends the run there is a failure for the saga's own.
+            "middleware": (*original.middleware, *around),
             "version": original.version,
         }
         function = original.function
@@ -174,7 +175,7 @@ class _Rebuilding:
         rebuilt: Saga[..., Any] = saga(**options)(run)
         return rebuilt
 
-    def _step(self, step: Step[..., Any]) -> Step[..., Any]:
+    def step(self, step: Step[..., Any]) -> Step[..., Any]:
         return Step(
             self.function(step.action, "action", step.name, step.retry, step.not_applied),
             self.function(step.compensation, "compensation", step.name, step.compensation_retry),
@@ -195,18 +196,17 @@ class _Rebuilding:
         kind: Any,
         name: str,
         retry: object = None,
-        declared: Any = (),
+        declared: tuple[type[Exception], ...] = (),
     ) -> Any:
         """Wraps an action, a compensation or an undo; sync or async as it is."""
         if original is None:
             return None
         function = original
-        types: tuple[Any, ...] = tuple(declared) if hasattr(declared, "__iter__") else (declared,)
 
         def here() -> Place:
             effect = current_effect()
             assert effect is not None
-            return Place(kind, effect.path, effect.name, retry is not None, types)
+            return Place(kind, effect.path, effect.name, retry is not None, declared)
 
         async def to_its_end(value: Any, place: Place, args: Any, kwargs: Any) -> Any:
             watcher = current_watcher.get()
@@ -232,8 +232,9 @@ class _Rebuilding:
             return await to_its_end(function(*args, **kwargs), place, args, kwargs)
 
         wrapper = call_async if _is_async(function) else call
-        update_wrapper(wrapper, function)
-        wrapper.__name__ = name  # a partial has none, and the step is to be called as it was
+        # Not update_wrapper: of what it copies, only these matter, and they may be of any type.
+        wrapper.__dict__["__wrapped__"] = function
+        wrapper.__name__ = name
         return wrapper
 
 
@@ -264,16 +265,14 @@ class _Scope(SagaScope):
 
     async def step(self, action: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         real = cast("Any", self._real)
-        rebuilt = self._rebuilding.part(action)
-        if callable(action) and not isinstance(action, Saga):
-            name = options.get("name") or _name_of(action)
-            wrap = self._rebuilding.function
-            declared = options.get("not_applied", ())
-            rebuilt = wrap(action, "action", name, options.get("retry"), declared)
-            for way in options.keys() & {"compensation", "undo"}:
-                back = options[way]
-                options[way] = wrap(back, "compensation", name, options.get("compensation_retry"))
-        return await real.step(rebuilt, *args, **options)
+        if not callable(action) or isinstance(action, Saga):
+            return await real.step(self._rebuilding.part(action), *args, **options)
+        compensation = options.pop("compensation", None)
+        undo = options.pop("undo", None)
+        # Of the functions as they are given, so that what the engine refuses is refused.
+        step: Step[..., Any] = Step(action, compensation, undo=undo, **options)
+        step.check_call(args, {}, "scope.step: {}")
+        return await real.step(self._rebuilding.step(step), *args)
 
     async def parallel(self, *members: Any, **options: Any) -> Any:
         real = cast("Any", self._real)
