@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import pysagas
+import pysagas.testing
 import sagas
 
 SOURCES = Path(pysagas.__file__).parent
@@ -66,11 +67,25 @@ PROMISED = {
     "saga",
 }
 
+PROMISED_FOR_TESTS = {
+    "EffectsLedger",
+    "FaultKind",
+    "Plan",
+    "Report",
+    "Trial",
+    "explore",
+    "fault_plans",
+    "faults",
+    "virtual_time",
+}
+
 
 # --- the public names -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [pysagas, sagas], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [pysagas, sagas, pysagas.testing], ids=lambda module: module.__name__
+)
 def test_all_is_complete_and_sorted(module):
     """`__all__` lists every public name of the package, in order, each once."""
     public = {
@@ -85,11 +100,18 @@ def test_all_is_complete_and_sorted(module):
 def test_promised_names():
     """The names that the design promises are there."""
     assert set() == PROMISED - set(pysagas.__all__)
+    assert set() == PROMISED_FOR_TESTS - set(pysagas.testing.__all__)
 
 
 def public_objects() -> Iterator[tuple[str, object]]:
-    for name in pysagas.__all__:
-        value = getattr(pysagas, name)
+    for module, prefix in ((pysagas, ""), (pysagas.testing, "testing.")):
+        for name, value in public_objects_of(module):
+            yield prefix + name, value
+
+
+def public_objects_of(module: ModuleType) -> Iterator[tuple[str, object]]:
+    for name in module.__all__:
+        value = getattr(module, name)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
             continue
         yield name, value
@@ -131,6 +153,46 @@ def test_import_brings_in_no_event_loop_library():
 
     assert "pysagas" in ran.stdout.split()
     assert set() == {"trio", "uvloop"} & set(ran.stdout.split())
+
+
+def test_import_brings_in_nothing_for_tests():
+    """Importing the library does not import what is for tests."""
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys, pysagas; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert not [name for name in ran.stdout.split() if name.startswith("pysagas.testing")]
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("hypothesis", "rich", "trio"):
+    sys.modules[name] = None
+import anyio
+from pysagas import Saga
+from pysagas.testing import EffectsLedger, Trial, explore
+
+def trial():
+    ledger = EffectsLedger()
+    return Trial(Saga([ledger.step("flight")]), state=ledger.snapshot)
+
+print(anyio.run(explore, trial).ok)
+"""
+
+
+def test_what_is_for_tests_needs_no_extra():
+    """Without Hypothesis, rich and Trio, sagas are explored all the same."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_EXTRAS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
 
 
 def test_the_package_is_typed():
