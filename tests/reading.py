@@ -218,7 +218,8 @@ class Members:
                     assert self.seen.begin[first.name, "action"] <= failure, (
                         "G4: started after a failure"
                     )
-                if isinstance(member, Step) and member.style == "async" and not self.group.finish:
+                at_once = not self.group.finish or events[failure].what == "quit"
+                if isinstance(member, Step) and member.style == "async" and at_once:
                     until = self.seen.begin.get((member.name, "back"), len(events))
                     ticks = events[failure:until].count(Event("tick", member.name))
                     assert ticks <= 1, "G4: went on after a failure"

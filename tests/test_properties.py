@@ -731,6 +731,17 @@ def timed_out(phase: str, *, once: bool, limited: bool = True) -> Trial:
     )
 
 
+# An order to quit cancels the others at once, under "finish" too.
+QUIT_IN_GROUP = Trial(
+    Seq((Par((Step("quitting", pace=(1, 0, 0)), Step("slow", pace=(9, 0, 0))), finish=True),)),
+    (Fault("quitting", "action", "quit", "before"),),
+    functions=False,
+    expected=(),
+    watched=False,
+    later=False,
+)
+
+
 def outlived(branch: Seq) -> Trial:
     """Drawn seldom: a shielded call in a branch outlives the failure of another member.
 
@@ -805,6 +816,7 @@ def test_without_groups_the_events_are_the_same_on_every_loop(backend: Any, tria
 @example(trial=TWO_FAILURES)
 @example(trial=CANCELLED_AND_FAILING)
 @example(trial=FAILED_LATE)
+@example(trial=QUIT_IN_GROUP)
 def test_a_saga_as_data_agrees_with_the_model(backend: Any, trial: Trial) -> None:
     """G1 to G15: once it is known how each action ended, the model says all the rest."""
     agrees(World(trial, backend).run())
