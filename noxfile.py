@@ -85,7 +85,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Builds wheel and sdist; runs each from a clean environment, with AnyIO alone."""
+    """Builds wheel and sdist; runs each from a clean environment, with AnyIO alone, and the command."""
     session.install("-q", "build")
     dist = Path(session.create_tmp()) / "dist"
     session.run("python", "-m", "build", "--outdir", str(dist))
@@ -97,7 +97,47 @@ def build(session: nox.Session) -> None:
         session.run(python, "-m", "pip", "install", "-q", str(built), external=True)
         session.run(python, "-W", "error", "-c", names, external=True)
         session.run(python, "-m", "pysagas", external=True)
+        # Without its extra, the command says what to install; with it, it works.
+        command = str(clean / "bin" / "pysagas")
+        session.run(command, "list", external=True, success_codes=[64])
+        session.run(python, "-m", "pip", "install", "-q", f"{built}[cli]", external=True)
+        journal = str(clean / "sagas.db")
+        session.run(command, "demo", "--journal", journal, external=True)
+        session.run(command, "list", "--journal", journal, external=True)
+        recover = ("recover", "--journal", journal, "--app", "pysagas.demo:app")
+        session.run(command, *recover, external=True)
         built.unlink()
+
+
+# Named, one or several, after `--`: `nox -s mutation -- _rollback _shelter`.
+@nox.session(python=OLDEST)
+def mutation(session: nox.Session) -> None:
+    """Runs the tests against mutants of the core; takes hours, or minutes for one small module."""
+    install(session, "tests", *nox.project.dependency_groups(PROJECT, "mutation"), ".")
+    mutants = [f"pysagas.{module}.*" for module in session.posargs]
+    session.run("mutmut", "run", "--max-children", "2", *mutants)
+    # Those that survived. What of them is known, and why it is let be, is in tests/MUTANTS.md.
+    session.run("mutmut", "results")
+
+
+# How many examples for each test and loop is told after `--`: `nox -s deep -- 100000`.
+@nox.session
+def deep(session: nox.Session) -> None:
+    """Holds the engine against the model, on drawn sagas, new ones each time; for as long as told."""
+    examples = session.posargs[0] if session.posargs else "2000"
+    install(session, "tests", ".")
+    env = {"PYSAGAS_PROFILE": "deep", "PYSAGAS_EXAMPLES": examples}
+    tests = ("tests/test_properties.py", "tests/test_machine.py")
+    session.run("pytest", "-q", "--durations=0", *tests, *session.posargs[1:], env=env)
+
+
+# How many kills is told after `--`: `nox -s crash -- 5000`; where they fall, by PYSAGAS_SEED.
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kills processes that run sagas under a journal, and has others recover them; takes minutes."""
+    install(session, "tests", ".")
+    env = {"PYSAGAS_KILLS": session.posargs[0] if session.posargs else "500"}
+    session.run("pytest", "-q", "-rP", "tests/test_durable_crash.py", *session.posargs[1:], env=env)
 
 
 @nox.session

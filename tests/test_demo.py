@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import runpy
@@ -25,7 +26,8 @@ import anyio.lowlevel
 import pytest
 
 import pysagas
-from pysagas import Saga, Step, StepState, _demo
+from pysagas import Saga, Step, StepState, _cli, _demo
+from pysagas._demo import _command, _order, _shop
 
 BEFORE_COMMIT = _demo.STEPS[:-1]
 GROUP = _demo.STEPS[2:5]
@@ -34,6 +36,7 @@ RESTORED = "Restored: the tables, the files and the endpoint are what they were 
 MEMORY = Path("/dev/shm")
 
 on_both = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals to send")
 
 
 @pytest.fixture(autouse=True)
@@ -125,19 +128,20 @@ def test_module_runs_as_a_program(monkeypatch, capsys):
     assert caught.value.code == 1
 
 
-def test_module_imports_only_the_core():
+@pytest.mark.parametrize("path", sorted(Path(_demo.__file__).parent.glob("*.py")), ids=lambda p: p.stem)
+def test_module_imports_only_the_core(path):
     """The demo needs anyio and the standard library, and of pysagas the public names only."""
-    tree = ast.parse(Path(_demo.__file__).read_text(encoding="utf-8"))
-    imported = {"anyio"}
-    for node in ast.walk(tree):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("pysagas", "pysagas.durable"):
+            public = importlib.import_module(node.module).__all__
+            assert {alias.name for alias in node.names} <= set(public)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert (path.parent / f"{node.module}.py").exists()
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            if node.module == "pysagas":
-                assert {alias.name for alias in node.names} <= set(pysagas.__all__)
-            else:
-                imported.add(node.module.partition(".")[0])
+            imported.add(node.module.partition(".")[0])
     assert imported - {"anyio"} <= sys.stdlib_module_names
 
 
@@ -229,7 +233,7 @@ def test_restored_though_a_compensation_failed(capsys):
         outcomes.append(caught.value.outcome)
 
     anyio.run(run)
-    assert _demo.conclude(outcomes[0], {"stock": []}, {"stock": []}) == 2
+    assert _command.conclude(outcomes[0], {"stock": []}, {"stock": []}) == 2
     out = capsys.readouterr().out
     assert RESTORED in out
     assert "But the saga could not know" in out
@@ -289,20 +293,20 @@ def test_cancelled_too_late(demo):
 def test_cancelled_request_cannot_overtake(monkeypatch, tmp_path, backend):
     """A request that is cancelled on its way is handled before the one that takes it back."""
     go_on = Event()
-    handle = _demo.WarehouseRequest.do_POST
+    handle = _shop.WarehouseRequest.do_POST
 
     def do_POST(self):
         go_on.wait(10)
         handle(self)
 
-    monkeypatch.setattr(_demo.WarehouseRequest, "do_POST", do_POST)
+    monkeypatch.setattr(_shop.WarehouseRequest, "do_POST", do_POST)
 
     async def cancelled_and_taken_back():
         with anyio.move_on_after(0.05) as scope:
-            await _demo.request(shop, "POST", "/orders/1")
+            await _order.request(shop, "POST", "/orders/1")
         assert scope.cancelled_caught
         go_on.set()
-        await _demo.request(shop, "DELETE", "/orders/1")
+        await _order.request(shop, "DELETE", "/orders/1")
 
     with _demo.open_shop(tmp_path / "shop.db") as (database, invoices, port):
         shop = _demo.Shop(database, invoices, port, 0, None, None)
@@ -368,7 +372,7 @@ def test_endpoint_that_refuses(tmp_path, backend):
     with _demo.open_shop(tmp_path / "shop.db") as (database, invoices, port):
         shop = _demo.Shop(database, invoices, port, 0, None, None)
         with pytest.raises(ConnectionError, match=r"^PUT /orders/1: HTTP/1.0 501 "):
-            anyio.run(_demo.request, shop, "PUT", "/orders/1", backend=backend)
+            anyio.run(_order.request, shop, "PUT", "/orders/1", backend=backend)
 
 
 def test_endpoint_bears_clients_that_hang_up(tmp_path, capfd):
@@ -387,7 +391,7 @@ def test_an_error_that_is_no_outcome_goes_on(monkeypatch, demo):
     async def run(*args, **kwargs):
         raise RuntimeError("defect")
 
-    monkeypatch.setattr(_demo, "Saga", lambda *args, **kwargs: SimpleNamespace(run=run))
+    monkeypatch.setattr(_command, "Saga", lambda *args, **kwargs: SimpleNamespace(run=run))
     with pytest.raises(RuntimeError, match="defect"):
         demo()
 
@@ -489,10 +493,220 @@ def test_locked_database_is_refused(refused, demo, tmp_path):
         assert "database is locked" in refused("--database", file)
 
 
+# --- the journal --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs ``pysagas`` on a journal, in this process; gives status and output."""
+
+    def run(journal, name, *arguments):
+        status = _cli.main([name, "--journal", str(journal), *arguments])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return status, out
+
+    return run
+
+
+def states(command, journal):
+    _, out = command(journal, "list", "--json")
+    return [run["state"] for run in json.loads(out)]
+
+
+def crashed(*arguments):
+    """Runs the demo in a process that kills itself; gives what it said."""
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "pysagas",
+            "--pace",
+            "0",
+            *map(str, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, "")
+    return ended.stdout
+
+
+@on_both
+def test_journaled_run_says_and_does_the_same(demo, command, tmp_path, backend):
+    """With a journal the order is placed in the same way, and recorded."""
+    journal = tmp_path / "sagas.db"
+    status, out = demo("--journal", journal, "--backend", backend)
+    assert status == 0
+    # Members of the group wait for the disk, and go on in any order.
+    assert sorted(steps(out, "start")) == sorted(steps(out, "done")) == sorted(_demo.STEPS)
+    assert columns(out, "stock") == ("lamp 5", "lamp 4")
+    assert states(command, journal) == ["completed"]
+    assert (tmp_path / "shop.db").exists()
+
+
+@on_both
+@pytest.mark.parametrize("step", BEFORE_COMMIT)
+def test_journaled_failure_is_taken_back(demo, command, tmp_path, backend, step):
+    """With a journal a failed step is taken back as without."""
+    journal = tmp_path / "sagas.db"
+    status, out = demo("--journal", journal, "--backend", backend, "--fail", step)
+    assert status == 1
+    assert sorted(steps(out, "compensated")) == sorted(steps(out, "start"))
+    assert RESTORED in out
+    assert states(command, journal) == ["compensated"]
+
+
+@on_both
+def test_cancelled_with_a_journal(demo, command, monkeypatch, tmp_path, backend):
+    """Cancelled in a step, the run is taken back, and the journal knows it."""
+    scopes = []
+    pauses = iter(range(1, 1000))
+
+    def move_on_after(_):
+        scopes.append(anyio.CancelScope())
+        return scopes[0]
+
+    async def sleep(_):
+        if next(pauses) == 4:
+            scopes[0].cancel()
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    monkeypatch.setattr(anyio, "move_on_after", move_on_after)
+    status, out = demo("--journal", tmp_path / "sagas.db", "--backend", backend)
+    assert status == 1
+    assert steps(out, "compensated") == ["charge-account", "reserve-stock"]
+    assert RESTORED in out
+    assert states(command, tmp_path / "sagas.db") == ["compensated"]
+
+
+@on_posix
+@on_both
+@pytest.mark.parametrize("step", _demo.STEPS)
+def test_killed_and_recovered(demo, command, tmp_path, backend, step):
+    """Killed in any step, the run is listed and recovered: taken back, or past its commit completed."""
+    journal, on_backend = tmp_path / "sagas.db", ("--backend", backend)
+    out = crashed("--journal", journal, "--crash", step, *on_backend)
+    assert f"Killed: the work of {step} is done, and that is not recorded." in out
+    assert f"pysagas recover --journal {journal} --app pysagas.demo:app" in out
+    assert states(command, journal) == ["interrupted"]
+    status, out = demo("--journal", journal, "--look")
+    assert status == 2
+    assert "Since before the last run, these have changed: " in out
+
+    status, out = command(journal, "recover", "--app", "pysagas.demo:app", *on_backend)
+
+    assert status == 0
+    if step in BEFORE_COMMIT:
+        assert steps(out, "start") == steps(out, "done") == []
+        assert step in steps(out, "compensated")
+        assert states(command, journal) == ["compensated"]
+        status, out = demo("--journal", journal, "--look")
+        assert status == 0
+        assert RESTORED in out
+    else:
+        assert steps(out, "start") == steps(out, "done") == ["confirm"]
+        assert states(command, journal) == ["completed"]
+        status, out = demo("--journal", journal, "--look")
+        assert columns(out, "shipments")[1].endswith(" confirmed")
+
+
+@on_posix
+def test_killed_and_resumed(demo, command, tmp_path):
+    """A killed run can be carried on to its end instead: nothing is done twice."""
+    journal = tmp_path / "sagas.db"
+    crashed("--journal", journal, "--crash", "charge-account")
+    status, out = command(journal, "recover", "--app", "pysagas.demo:app", "--on-crash", "resume")
+    assert status == 0
+    assert sorted(steps(out, "done")) == sorted(_demo.STEPS[1:])
+    assert states(command, journal) == ["completed"]
+    _, out = demo("--journal", journal, "--look")
+    assert columns(out, "accounts") == ("ada 100", "ada 60")
+
+
+@on_posix
+def test_next_run_recovers_first(demo, command, tmp_path):
+    """The demo takes back what an earlier one left unfinished, before it does anything else."""
+    journal = tmp_path / "sagas.db"
+    for _ in range(2):  # so that two runs of one shop are unfinished at a time
+        crashed("--journal", journal, "--crash", "reserve-stock")
+    status, out = demo("--journal", journal)
+    assert status == 0
+    (recovered,) = re.findall(r"^Recovered first: order [0-9a-f]{8}, compensated\.$", out, re.MULTILINE)
+    assert out.index("rolled back") < out.index(recovered) < out.index("done")
+    assert columns(out, "stock") == ("lamp 5", "lamp 4")
+    assert states(command, journal) == ["compensated", "compensated", "completed"]
+
+
+def test_two_runs_of_one_shop_are_recovered(command, tmp_path, monkeypatch):
+    """A shop that two runs need is opened once."""
+    opened = []
+    real = _order.open_shop
+    monkeypatch.setattr(_order, "open_shop", lambda path: opened.append(path) or real(path))
+
+    async def two_runs():
+        with _demo.app() as [saga]:
+            for number in ("1", "2"):
+                await saga.run(str(tmp_path / "shop.db"), _demo.Order(number))
+
+    anyio.run(two_runs)
+    assert opened == [tmp_path / "shop.db"]
+
+
+@pytest.mark.parametrize("step", ["reserve-stock", "charge-account"])
+def test_failed_run_is_tried_again(demo, command, tmp_path, step):
+    """What a compensation left undone is taken back by another try, which has no fault to obey."""
+    journal = tmp_path / "sagas.db"
+    status, out = demo("--journal", journal, "--fail-compensation", step)
+    assert status == 2
+    _, out = command(journal, "list", "--json")
+    [run] = json.loads(out)
+    assert run["state"] == "failed"
+    status, out = command(journal, "retry", run["run_id"], "--app", "pysagas.demo:app")
+    assert status == 0
+    assert steps(out, "compensated") == [step]
+    assert demo("--journal", journal, "--look")[0] == 0
+
+
+@on_posix
+def test_killed_with_sigkill(monkeypatch, demo, tmp_path):
+    """The process is killed as no other process could do it harder."""
+    killed = []
+
+    def kill(*given):
+        killed.append(given)
+        raise ConnectionError("killed")
+
+    monkeypatch.setattr(os, "kill", kill)
+    demo("--journal", tmp_path / "sagas.db", "--crash", "confirm")
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_foreign_journal_is_refused(refused, tmp_path):
+    """A file that is no journal is refused, and stays as it is."""
+    file = tmp_path / "letter.txt"
+    file.write_text("Dear Ada, " * 100)
+    assert "file is not a database" in refused("--journal", file)
+    assert file.read_text() == "Dear Ada, " * 100
+
+
+def test_missing_msgspec(refused, monkeypatch, tmp_path):
+    """Without msgspec a journal is refused with what to install; nothing else needs it."""
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    monkeypatch.setitem(sys.modules, "msgspec.json", None)
+    message = refused("--journal", tmp_path / "sagas.db")
+    assert 'pip install "pysagas[durable]"' in message
+    assert "msgspec" in message
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["--fail", "--fail-compensation"])
+@pytest.mark.parametrize("option", ["--fail", "--fail-compensation", "--crash"])
 @pytest.mark.parametrize("value", ["pack", "", "delivery"])
 def test_unknown_step_is_refused(refused, option, value):
     """A step that does not exist is answered with the list of those that do."""
@@ -510,6 +724,9 @@ def test_unknown_step_is_refused(refused, option, value):
         ("--cancel-after",),
         ("--pace", "-0.1"),
         ("--backend", "curio"),
+        ("--crash", "confirm"),
+        ("--look",),
+        ("--look", "--journal", "nowhere/sagas.db"),
         ("--fai", "confirm"),
         ("--loud",),
         ("now",),
@@ -534,6 +751,8 @@ def test_help(capsys):
         _demo.main(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
+    for part in ("--journal PATH", "--crash STEP", "--look", "--database PATH"):
+        assert part in text
     for part in ("--fail STEP", "--fail-compensation STEP", "--cancel-after SECONDS", "--backend"):
         assert part in text
     assert all(step in text for step in _demo.STEPS)
@@ -575,9 +794,6 @@ def interrupted(*interruptions, arguments=(), pause=0.05):
 
 def not_ended(out):
     return re.findall(r"The compensation of (\S+) did not end: cut off", out)
-
-
-on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
 
 
 @on_posix

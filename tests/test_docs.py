@@ -27,8 +27,9 @@ INVISIBLE = re.compile(r"^<!--- invisible-code-block: python$", re.MULTILINE)
 # What a line of a shell block may be. `&&` joins several.
 COMMANDS = re.compile(
     r"python3 -m venv \.venv"
-    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(trio|testing)\]\")( --group \w+)*"
+    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(cli|durable|testing|trio)\]\")( --group \w+)*"
     r"|\.venv/bin/python -m pysagas"
+    r"|\.venv/bin/pysagas (demo|list|show|recover|retry|prune)( [\w.:-]+)*"
     r"|\.venv/bin/nox -s [\w-]+( [\w-]+)*( -- .+)?"
 )
 

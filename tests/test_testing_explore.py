@@ -140,12 +140,34 @@ async def test_faults_that_are_given_are_tried_in_their_order():
     assert report.ok, report
 
 
+async def test_a_fault_from_behind_a_commit_is_tried_there():
+    """Which commits a run has to pass to come to a fault is known of the fault itself."""
+
+    def build(world):
+        return Saga([world.step("a"), Commit(), world.step("b"), Commit(), world.step("c")])
+
+    def only(fault):
+        return fault.kind is FaultKind.RUNS_TWICE
+
+    known = await explore(Lab(build), only=only)
+    plans = [result.plan for result in known.results if result.plan.faults]
+    assert {plan.commits for plan in plans} == {0, 1, 2}
+
+    lab = Lab(build)
+    report = await explore(lab, [fault for plan in plans for fault in plan.faults])
+
+    assert report.ok, report
+    assert [result.plan for result in report.results] == plans
+    assert lab.logs(report)["b: runs twice"] == "a> a a< b> b b< b> b b< -b> -b -b<"
+
+
 async def test_no_faults_prove_nothing():
     """An exploration that has tried nothing is not right."""
     report = await explore(Lab(one_step), [])
 
     assert report.results == ()
     assert not report.ok
+    assert report.splitlines()[0] == "order: nothing was tried"
 
 
 async def test_a_generator_of_faults_is_taken():

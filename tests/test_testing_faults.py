@@ -191,6 +191,14 @@ def test_what_can_be_made_where_something_ends():
     assert kinds(("done", ACTION, 2)) == []
 
 
+@pytest.mark.parametrize("declared", [(Exception,), (Declined, InjectedFailure)], ids=repr)
+def test_an_answer_cannot_be_lost_where_every_failure_declines(declared):
+    """Where even an InjectedFailure says that nothing was done, it is not raised after the effect."""
+    place = Place("action", (0,), "a", retried=True, declared=declared)
+
+    assert kinds(("done", place, 1)) == [(FaultKind.RUNS_TWICE, None, False)]
+
+
 def test_what_was_seen_twice_is_made_once():
     """The same thing is not tried twice."""
     assert len(kinds(("done", BACK, 1), ("done", BACK, 1))) == 1

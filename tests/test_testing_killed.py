@@ -8,7 +8,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from helpers import Boom
 
-from pysagas import Parallel, Saga, SagaScope, Step, saga
+from pysagas import CallNext, Effect, Parallel, Saga, SagaScope, Step, saga
 from pysagas.testing import EffectsLedger, Fault, FaultKind, Plan, Trial, explore, faults
 
 pytestmark = pytest.mark.anyio
@@ -212,6 +212,55 @@ async def test_a_process_that_ends_before_it_can_be_killed():
     report = await explore(_one, [Plan((failing, never))], kills=True)
 
     assert "the planned fault did not happen: back: killed after its effect" in report
+
+
+async def test_a_process_that_ends_as_expected_before_it_can_be_killed():
+    """Where the saga expects the failure, its outcome is kept as any other."""
+
+    def trial() -> Trial:
+        ledger = EffectsLedger()
+        saga = Saga([ledger.step("one"), ledger.step("back")], exceptions=Exception)
+        return Trial(saga, state=ledger.snapshot)
+
+    report = await explore(trial, kills=True)
+    assert report.ok, report
+    plans = {str(result.plan): result.plan for result in report.results}
+    (failing,) = plans["one: fails before its effect"].faults
+    (never,) = plans["back: killed after its effect"].faults
+
+    report = await explore(trial, [Plan((failing, never))], kills=True)
+
+    (result,) = report.failures
+    assert "the planned fault did not happen: back: killed after its effect" == result.problem
+    assert result.outcome is not None
+    assert "one: fails before its effect" == str(result.error)
+    assert result.outcome.error is result.error
+
+
+async def test_a_middleware_that_tries_again_does_not_outlive_its_process():
+    """D3: whatever is begun after the kill is killed as well, so nothing is done twice."""
+    begun: list[str] = []
+
+    async def stubborn(effect: Effect, call_next: CallNext) -> object:
+        try:
+            return await call_next()
+        except BaseException:
+            if effect.kind != "action":
+                raise
+            begun.append(effect.name)
+            return await call_next()
+
+    def trial() -> Trial:
+        ledger = EffectsLedger()
+        return Trial(Saga([ledger.step("one")], middleware=[stubborn]), state=ledger.snapshot)
+
+    report = await explore(
+        trial, kills=True, only=lambda fault: fault.kind.kills and fault.place.kind == "action"
+    )
+
+    assert report.ok, report
+    assert {"one"} == set(begun)
+    assert 4 == len([result for result in report.results if result.plan.faults])
 
 
 def _one() -> Trial:

@@ -8,7 +8,17 @@ from anyio.lowlevel import checkpoint
 from helpers import Boom
 from worlds import three_times
 
-from pysagas import CompensationFailed, Parallel, Saga, SagaScope, Step, current_effect, saga
+from pysagas import (
+    CompensationFailed,
+    Parallel,
+    Saga,
+    SagaScope,
+    Step,
+    StepState,
+    current_effect,
+    outcome_of,
+    saga,
+)
 from pysagas.testing import EffectsLedger, FaultKind, LedgerError, Trial, explore
 
 pytestmark = pytest.mark.anyio
@@ -100,6 +110,63 @@ def test_what_was_never_made_may_be_taken_back():
     assert ledger.history == []
     with pytest.raises(LedgerError, match="'hotel' is taken back twice"):
         ledger.take_back("hotel")
+
+
+async def test_what_was_never_made_may_be_taken_back_at_each_place_once():
+    """A loop that tries again what has failed takes back nothing, each time at a place of its own."""
+    ledger = EffectsLedger()
+    hotel = ledger.step("hotel")
+    missing = 2
+
+    async def book():
+        nonlocal missing
+        if missing:
+            missing -= 1
+            raise Boom
+        await hotel.action()
+
+    @saga
+    async def booking(scope: SagaScope) -> None:
+        for _ in range(2):
+            with pytest.raises(Boom):
+                await scope.step(book, compensation=hotel.compensation)
+        await scope.step(book, compensation=hotel.compensation)
+
+    outcome = await booking.run()
+    assert [step.state for step in outcome.steps] == [
+        StepState.COMPENSATED,
+        StepState.COMPENSATED,
+        StepState.COMPLETED,
+    ]
+    await outcome.rollback()
+    assert ledger.history == ["make hotel", "take back hotel"]
+
+
+async def test_what_comes_too_late_is_known_of_the_last_place():
+    """It is the action that was taken back last which does not act any more."""
+    ledger = EffectsLedger()
+    late = []
+
+    async def book():
+        late.append(lambda: ledger.make("hotel"))
+        raise Boom
+
+    async def cancel():
+        ledger.take_back("hotel", key=current_effect().key)
+        if len(late) == 2:
+            late[1]()
+
+    @saga
+    async def booking(scope: SagaScope) -> None:
+        with pytest.raises(Boom):
+            await scope.step(book, compensation=cancel)
+        await scope.step(book, compensation=cancel)
+
+    with pytest.raises(CompensationFailed) as info:
+        await booking()
+    assert [str(failure) for failure in info.value.failures] == [
+        "'hotel' is made at (1,) after it was taken back: it came too late"
+    ]
 
 
 def test_the_order_in_which_effects_are_taken_back():
@@ -255,6 +322,41 @@ async def test_what_was_tried_in_vain_does_not_stand_in_the_way():
     assert ledger.snapshot() == ("second",)
 
 
+async def test_what_is_in_doubt_and_cannot_be_undone_does_not_stand_in_the_way():
+    """A later effect that has an undo alone is left when its answer is lost; the earlier one is taken back."""
+    ledger = EffectsLedger()
+    second = ledger.step("second", undo=True)
+
+    async def lost():
+        await second.action()
+        raise Boom
+
+    parts = [ledger.step("first"), Step(lost, undo=second.undo)]
+    with pytest.raises(Boom) as info:
+        await Saga(parts, middleware=[ledger.watch])()
+
+    outcome = outcome_of(info.value)
+    assert [step.state for step in outcome.steps] == [StepState.COMPENSATED, StepState.UNKNOWN]
+    assert ledger.history == ["make first", "make second", "take back first"]
+
+
+async def test_a_compensation_that_takes_back_what_came_before_its_own_is_found():
+    """It is being tried, and yet its own effect stands: that is out of order."""
+    ledger = EffectsLedger()
+    second = ledger.step("second")
+
+    async def wrong():
+        ledger.take_back("first", key=current_effect().key)
+
+    error = await failing(ledger.step("first"), Step(second.action, wrong), middleware=[ledger.watch])
+
+    assert [str(failure) for failure in error.failures] == [
+        "'first' at (0,) is taken back while 'second' at (1,), made after it, stands"
+    ]
+    # The failed one does not stand in the way of the first.
+    assert ledger.snapshot() == ("second",)
+
+
 async def test_without_watching_it_stands_in_the_way():
     """The ledger knows by `watch` alone what was tried."""
     ledger = EffectsLedger()
@@ -378,6 +480,19 @@ async def test_two_runs_with_one_ledger():
     assert ledger.snapshot() == ("hotel",)
     await second.rollback()
     assert ledger.history == ["make hotel", "take back hotel"] * 2
+
+
+async def test_what_another_run_has_made_is_not_taken_back():
+    """A run that is refused, since the effect stands, leaves it to the one that made it."""
+    ledger = EffectsLedger()
+    booking = Saga([ledger.step("hotel")])
+    first = await booking.run()
+
+    with pytest.raises(LedgerError, match="'hotel' is made twice"):
+        await booking()
+    assert ledger.history == ["make hotel"]
+    await first.rollback()
+    assert ledger.history == ["make hotel", "take back hotel"]
 
 
 async def test_two_runs_at_the_same_time():

@@ -128,6 +128,16 @@ def test_it_can_be_turned_off(plain, clock):
     assert plain.getvalue() == ""
 
 
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_who_has_no_standard_error_is_told_nothing(monkeypatch, clock, wanted):
+    """A program without a console has none."""
+    stderr_is(None, monkeypatch)
+
+    with progress_on("order", wanted, clock=clock) as advance:
+        clock.now += 60
+        advance(1, 2)
+
+
 def test_it_is_wiped_away_after_a_failure(plain, clock):
     """What went wrong is not written beside it."""
     with pytest.raises(LookupError), progress_on("order", None, clock=clock) as advance:

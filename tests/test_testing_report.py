@@ -295,7 +295,10 @@ def test_a_report_is_not_its_own_verdict():
 
 def test_a_report_of_nothing_is_not_right():
     """Where nothing was tried nothing is proved."""
-    assert Report("order", ()).ok is False
+    report = Report("order", ())
+
+    assert report.ok is False
+    assert report.splitlines() == ["order: nothing was tried"]
 
 
 def test_a_report_is_its_text():

@@ -13,7 +13,7 @@ from helpers import TRIO
 from helpers import on_asyncio as on_asyncio_loop
 from worlds import Lab, World, found, logs
 
-from pysagas import Commit, Parallel, Saga, Step
+from pysagas import Commit, Parallel, Saga, Step, saga
 from pysagas.testing import (
     CannotExplore,
     Fault,
@@ -35,6 +35,10 @@ on_trio = pytest.mark.parametrize("anyio_backend", TRIO, indirect=True)
 
 A = Place("action", (0,), "a")
 BACK = Place("compensation", (0,), "a")
+
+
+class Odd(BaseException):
+    """What nobody has heard of."""
 
 
 def one_step(world):
@@ -312,6 +316,61 @@ async def test_what_the_state_raises_goes_through():
         await explore(Lab(one_step, state=broken))
 
 
+# While the places are learned, and in the run of a fault.
+@pytest.mark.parametrize("number", [2, 6])
+@pytest.mark.parametrize("when", [{"a", "b"}, {"a", "b", "c"}], ids=["at a commit", "at the end"])
+@pytest.mark.parametrize("error", [LookupError("no such table"), Odd("closed")], ids=repr)
+async def test_what_the_state_raises_in_the_middle_goes_through(number, when, error):
+    """It is not taken for a failure of the saga, at a commit or at the end; not even if it comes once."""
+    to_raise = [error]
+
+    def build(world):
+        return Saga(
+            [world.step("a"), Step(len).bind(""), world.step("b"), Commit(), world.step("c")],
+        )
+
+    def trial():
+        made = lab()
+
+        async def state():
+            await checkpoint()
+            if to_raise and len(lab.worlds) >= number and lab.worlds[-1].standing == when:
+                raise to_raise.pop()
+            return made.state()
+
+        return Trial(made.saga, state=state)
+
+    lab = Lab(build)
+    with pytest.raises(type(error)) as info:
+        await explore(trial)
+    assert info.value is error
+
+
+# While the places are learned; without a fault; and where the process is to be killed, later on.
+@pytest.mark.parametrize("number", [2, 4, 5])
+async def test_what_is_neither_a_failure_nor_a_cancellation_goes_through(number):
+    """What a fake raises to stop everything comes out as it is, in no group."""
+    odd = Odd("enough")
+
+    def build(world):
+        async def stopping():
+            await checkpoint()
+            world.make("a")
+            if len(lab.worlds) == number:
+                raise odd
+
+        return Saga([Step(stopping, world.back("a"), name="a")])
+
+    lab = Lab(build)
+    with pytest.raises(Odd) as info:
+        await explore(lab, kills=True, only=lambda fault: fault.kind is FaultKind.KILLED_AFTER)
+
+    assert info.value is odd
+    assert len(lab.worlds) == number
+    # It was an interruption for the saga, and is taken back.
+    assert str(lab.worlds[-1]) == "a -a> -a -a<"
+
+
 async def test_what_the_trial_raises_goes_through():
     """So is a trial that fails."""
     with pytest.raises(ZeroDivisionError):
@@ -337,3 +396,63 @@ async def test_faults_are_made_in_the_thread():
     assert threads == {False}
     assert seen["a: runs twice"] == "a a -a"
     assert seen["a: fails before its effect"] == "-a"
+
+
+async def test_a_native_cancellation_comes_again_when_a_rollback_begins_in_a_thread():
+    """The task of the run is cancelled from the worker thread; what runs in there comes to its end."""
+
+    def build(world):
+        async def wait():
+            world.log.append("wait>")
+            await checkpoint()
+
+        booking = Step(world.sync_action("a"), world.sync_back("a"), blocking=True)
+        return Saga([booking, Step(wait)])
+
+    lab = Lab(build)
+    fault = Fault(Place("action", (1,), "wait"), FaultKind.CANCELLED_NATIVELY, 1)
+    report = await explore(lab, [fault])
+
+    assert report.ok, report
+    assert lab.logs(report) == {str(fault): "a> a a< wait> -a> -a -a<"}
+    assert (await explore(lab)).ok
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exceptions", "args", "run_id", "middleware", "self"])
+async def test_an_argument_may_have_any_name(name):
+    """Keyword arguments of a trial are those of its saga, and of nothing else."""
+    given = []
+
+    def build(world):
+        def action(**kwargs):
+            given.append(kwargs)
+            world.make("a")
+
+        def back(**kwargs):
+            given.append(kwargs)
+            world.remove("a")
+
+        return Saga([Step(action, back)])
+
+    report = await explore(Lab(build, kwargs={name: 5}))
+
+    assert report.ok, report
+    assert all(kwargs == {name: 5} for kwargs in given)
+
+
+async def test_an_argument_of_a_function_may_be_called_exceptions():
+    """A type that is given by that name is not one that the run expects."""
+
+    def build(world):
+        @saga
+        async def order(scope, *, exceptions):
+            assert exceptions is LookupError
+            await scope.step(world.step("a"))
+
+        return order
+
+    report = await explore(Lab(build, kwargs={"exceptions": LookupError}))
+    assert report.ok, report

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
+
 import pytest
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from conftest import ASYNCIO
 from worlds import Lab, World, found, three_times, without_native
 
@@ -154,26 +157,78 @@ async def test_a_failure_that_is_replaced_is_a_problem():
     )
 
 
+def retrying(world):
+    """A saga whose middleware tries each action three times, as a retry would."""
+
+    async def middleware(effect, call_next):
+        return await (three_times(call_next) if effect.kind == "action" else call_next())
+
+    return Saga([world.step("a")], middleware=[middleware])
+
+
+async def test_a_failure_that_a_middleware_tries_again_is_no_problem():
+    """The report has what came of the last attempt, then, which may be another fault."""
+    lab = Lab(retrying)
+    report = await explore(lab, pairs=True)
+
+    assert report.ok, report
+    plan = "a: fails after its effect, then a: cancelled at checkpoint 3"
+    assert lab.logs(report)[plan] == "a> a a< a> -a> -a -a<"
+
+
 # --- cancellations arrive ----------------------------------------------------------------------
+
+
+def swallowing(world, back=None):
+    """A saga whose action goes on after its cancellation."""
+
+    async def action():
+        try:
+            await checkpoint()
+        except BaseException:
+            world.log.append("swallowed")
+        world.make("a")
+
+    return Saga([Step(action, back, name="a")])
 
 
 @on_asyncio
 async def test_a_swallowed_native_cancellation_is_found():
     """An action that goes on after it lets the task live that was told to end."""
+    problem = await problem_of(swallowing, Fault(A, FaultKind.CANCELLED_NATIVELY, 1))
+
+    assert problem == "the cancellation was swallowed: the run went on to its end"
+
+
+@on_asyncio
+async def test_a_second_cancellation_does_not_hide_that_the_first_was_swallowed():
+    """The one that comes when the rollback begins reaches the caller, and yet the first did not."""
+    lab = Lab(lambda world: swallowing(world, world.back("a")))
+    report = await explore(lab, only=lambda fault: fault.kind is FaultKind.CANCELLED_NATIVELY)
+
+    assert found(report) == {"a: cancelled natively at checkpoint 1"}
+    (result,) = report.failures
+    assert result.problem == "the cancellation was swallowed: the run went on to its end"
+    assert isinstance(result.error, asyncio.CancelledError)
+
+
+@on_asyncio
+async def test_a_native_cancellation_that_becomes_a_failure_is_found():
+    """The report says what the caller got instead."""
 
     def build(world):
-        async def swallowing():
+        async def converting():
             try:
                 await checkpoint()
             except BaseException:
-                world.log.append("swallowed")
+                raise LookupError("no answer") from None
             world.make("a")
 
-        return Saga([Step(swallowing, name="a")])
+        return Saga([Step(converting, name="a")])
 
-    problem = await problem_of(build, Fault(A, FaultKind.CANCELLED_NATIVELY, 1))
-
-    assert problem.startswith("the cancellation was swallowed: the run ended with Ended(")
+    assert await problem_of(build, Fault(A, FaultKind.CANCELLED_NATIVELY, 1)) == (
+        "the cancellation was swallowed: the run ended with LookupError('no answer')"
+    )
 
 
 async def test_a_cancellation_that_becomes_a_failure_is_found():
@@ -208,6 +263,25 @@ async def test_a_failed_compensation_goes_over_a_cancellation():
     failing = Fault(Place("compensation", (0,), "a"), FaultKind.FAILS_BEFORE)
 
     assert await problem_of(one_step, cancelled, failing) is None
+
+
+async def test_an_action_that_shields_its_wait_may_fail_after_a_cancellation():
+    """The failure ends the run before anything could meet the cancellation: nothing swallowed it."""
+
+    def build(world):
+        async def shielded():
+            await cancel_shielded_checkpoint()
+            world.make("a")
+
+        return Saga([Step(shielded, world.back("a"), name="a")])
+
+    lab = Lab(build)
+    only = (FaultKind.CANCELLED, FaultKind.FAILS_AFTER)
+    report = await explore(lab, pairs=True, only=lambda fault: fault.kind in only)
+
+    assert report.ok, report
+    plan = "a: cancelled at checkpoint 1, then a: fails after its effect"
+    assert lab.logs(report)[plan] == "a -a> -a -a<"
 
 
 # --- what is left ------------------------------------------------------------------------------
@@ -458,6 +532,65 @@ def test_states_that_cannot_be_compared(state):
     with pytest.raises(CannotExplore, match=r"cannot be compared by ==: .*return plain values") as info:
         same(state, state)
     assert isinstance(info.value.__cause__, NotImplementedError | ValueError)
+
+
+class Row(dict):
+    """A dict that is compared in its own way, by more than it shows."""
+
+    version = 0
+
+    def __eq__(self, other):
+        return super().__eq__(other) and self.version == other.version
+
+    __hash__ = None
+
+
+def test_a_difference_that_does_not_show_is_a_difference():
+    """Where two states differ there is a line that says so, though it may say the same of both."""
+    one, other = OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)
+    assert list(all_differences(one, other)) == [f"was {one!r}, is {other!r}"]
+
+    row = Row(a=1)
+    row.version = 1
+    assert list(all_differences(Row(a=1), row)) == ["was {'a': 1}, is {'a': 1}"]
+
+
+async def test_an_order_that_is_not_restored_is_found():
+    """Two dicts with the same items in another order may differ."""
+
+    def trial():
+        queue = OrderedDict(a=1, b=2)
+
+        async def move():
+            queue.move_to_end("a")
+
+        async def leave():
+            """Takes nothing back."""
+
+        return Trial(Saga([Step(move, leave)]), state=lambda: queue)
+
+    report = await explore(trial)
+
+    assert found(report) >= {"no fault, taken back at its end", "move: fails after its effect"}
+    assert "move: fails before its effect" not in found(report)
+    assert f"was {OrderedDict(a=1, b=2)!r}, is {OrderedDict(b=2, a=1)!r}" in report
+
+
+async def test_what_only_its_own_comparison_sees_is_found():
+    """A state says by its own ``==`` whether it is restored."""
+
+    def trial():
+        row = Row(stock=5)
+
+        async def touch():
+            row.version += 1
+
+        return Trial(Saga([Step(touch)]), state=lambda: row)
+
+    report = await explore(trial)
+
+    assert found(report) >= {"no fault, taken back at its end", "touch: fails after its effect"}
+    assert "was {'stock': 5}, is {'stock': 5}" in report
 
 
 def test_differences_are_asked_for_only_where_there_are_any():

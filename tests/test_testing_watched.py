@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -13,13 +14,14 @@ from pysagas import (
     Parallel,
     Saga,
     SagaBuilder,
+    SagaDefinitionError,
     SagaScope,
     Step,
     StepState,
     current_effect,
     saga,
 )
-from pysagas.testing import FaultKind, explore
+from pysagas.testing import CannotExplore, FaultKind, explore
 from pysagas.testing._watched import watched
 
 pytestmark = pytest.mark.anyio
@@ -299,6 +301,54 @@ async def test_a_shielded_action_runs_to_its_end():
     assert set(native(seen).values()) <= {WHOLE}
 
 
+async def test_a_callable_whose_name_is_no_text():
+    """What a callable object calls its name may be anything."""
+
+    def build(world):
+        service = Service(world)
+        service.__name__ = 7
+        service.__doc__ = service.__module__ = service.__qualname__ = 8
+        return function_of(lambda scope: scope.step(service, compensation=service.take_back, name="a"))
+
+    assert without_native(await logs(build)) == EXPECTED
+
+
+def generator():
+    yield  # pragma: no cover - it is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda scope, world: scope.step(generator), "generator"),
+        (lambda scope, world: scope.step(as_data(world).run), "independent run"),
+        (lambda scope, world: scope.step(world.action, 1, 2), "cannot take these arguments"),
+        (
+            lambda scope, world: scope.step(len, "", compensation=world.state),
+            "the compensation gets the action's arguments",
+        ),
+        (lambda scope, world: scope.step(world.action("a"), compensation=generator), "generator"),
+        (lambda scope, world: scope.step(world.action("a"), blocking=True), "blocking"),
+        (lambda scope, world: scope.step(len, "", not_applied=3), "not_applied"),
+        (lambda scope, world: scope.step("a"), "'a'"),
+    ],
+)
+async def test_what_the_engine_refuses_is_refused(call, words):
+    """An inline step that cannot run is no more right because it is watched: it fails by the same words."""
+
+    def build(world):
+        return function_of(lambda scope: call(scope, world))
+
+    with pytest.raises((SagaDefinitionError, TypeError), match=words) as refused:
+        await build(World())()
+    with pytest.raises(CannotExplore, match="fails without any fault") as info:
+        await explore(Lab(build))
+
+    cause = info.value.__cause__
+    assert type(cause) is type(refused.value)
+    assert re.sub("0x[0-9a-f]+", "0x", str(cause)) == re.sub("0x[0-9a-f]+", "0x", str(refused.value))
+
+
 # --- sync actions ------------------------------------------------------------------------------
 
 
@@ -528,6 +578,43 @@ async def test_a_step_that_declines(build):
     }
 
 
+class OutOf(Exception):
+    """Says the same, and takes its text from what it is given."""
+
+    def __init__(self, item):
+        super().__init__(item.name)
+
+
+async def test_a_step_that_declines_with_what_cannot_be_made_of_a_message():
+    """It is raised all the same, however its ``__init__`` fails."""
+    seen = await logs(lambda world: Saga([world.step("a", not_applied=OutOf)]))
+
+    assert seen["a: declines with OutOf"] == ""
+
+
+async def test_a_step_whose_every_failure_declines():
+    """A failure after its effect is declared to be impossible, and is not tried; all the rest is."""
+
+    def build(world):
+        return Saga([world.step("a", not_applied=Exception, retry=three_times)])
+
+    seen = await logs(build)
+
+    assert seen["a: fails before its effect"] == seen["a: declines with Exception"] == ""
+    assert seen["a: runs twice"] == f"{MADE} {WHOLE}"
+    assert not [plan for plan in seen if "after its effect" in plan]
+
+
+async def test_a_step_that_is_told_in_words_that_it_never_declines():
+    """``not_applied=None`` is the same as none at all, inline too."""
+
+    def build(world):
+        action, back = world.action("a"), world.back("a")
+        return function_of(lambda scope: scope.step(action, compensation=back, not_applied=None))
+
+    assert without_native(await logs(build)) == EXPECTED
+
+
 async def test_one_type_by_which_a_step_declines():
     """``not_applied`` may be a single type, inline too."""
 
@@ -679,7 +766,8 @@ async def test_definitions_stay_what_they_were():
         "version",
     ):
         assert getattr(rebuilt, option) == getattr(original, option)
-    assert rebuilt.middleware[-1:] == original.middleware
+    # The library's own stands innermost.
+    assert rebuilt.middleware[:-1] == original.middleware == (middleware,)
     step, group = rebuilt.parts
     assert (step.name, step.shield, step.blocking) == ("a", True, False)
     assert (group.name, group.limit, group.on_failure) == ("both", 2, "finish")
@@ -842,3 +930,27 @@ async def test_the_middleware_of_a_saga_runs_in_each_trial():
     assert report.ok, report
     # Two to learn, one without a fault, and one for each of the two faults.
     assert kinds == ["saga", "action", "rollback", "compensation"] * 5
+
+
+async def test_a_middleware_that_takes_back_its_own_work_is_right():
+    """A run that is made to fail at its end fails for the saga's own middleware, too."""
+
+    def build(world):
+        async def locking(effect, call_next):
+            if effect.kind != "saga":
+                return await call_next()
+            world.make("lock")
+            try:
+                return await call_next()
+            except BaseException:
+                world.remove("lock")
+                raise
+
+        return Saga([world.step("a")], middleware=[locking])
+
+    seen = await logs(build)
+
+    assert seen["no fault, taken back at its end"] == f"lock {MADE} -lock {TAKEN_BACK}"
+    assert seen["a: runs twice"] == f"lock {MADE} {MADE} -lock {TAKEN_BACK}"
+    # A step that fails by itself is taken back before anything around it hears of that.
+    assert seen["a: fails after its effect"] == f"lock {WHOLE} -lock"

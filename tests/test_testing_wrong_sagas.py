@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from anyio.lowlevel import checkpoint
+from helpers import on_asyncio
 
 from pysagas import Parallel, Saga, SagaScope, Step, _demo, saga
 from pysagas.testing import FaultKind, Report, Trial, explore
@@ -237,9 +238,10 @@ async def test_an_action_that_swallows_its_cancellation():
 
     report = await explore(trial)
 
-    natively = [result for result in report.failures if "natively" in str(result.plan)]
-    assert report.failures == tuple(natively)
-    assert all("the cancellation was swallowed" in str(result) for result in natively)
+    # A cancelled scope is met at the run's next checkpoint; a task is cancelled once.
+    natively = {"book: cancelled natively at checkpoint 1"} if on_asyncio() else set()
+    assert found(report) == natively
+    assert all("the cancellation was swallowed" in str(result) for result in report.failures)
 
 
 async def test_a_loop_that_takes_back_the_wrong_one():

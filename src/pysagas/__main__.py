@@ -1,4 +1,4 @@
-"""``python -m pysagas``: a saga against a real database, to watch, break and interrupt."""
+"""``python -m pysagas``: a saga against a real database, to watch, break, kill and interrupt."""
 
 from ._demo import main
 
