@@ -662,6 +662,38 @@ async def test_g4_a_member_that_awaits_a_cancelled_future(
     assert ("d" in world.order) is (limit is None)
 
 
+@on_asyncio_only
+async def test_g8_a_cancellation_that_yields_to_a_failed_rollback_is_its_context(world: World) -> None:
+    """A task that is cancelled while its rollback fails: CompensationFailed goes on, with the rest in it."""
+    boom = Boom()
+    world.moments = ("-a",)
+    steps = [world.step("a", back=Crash()), world.step("b", after=boom)]
+    task = asyncio.create_task(Saga(steps)())
+    await world.begun("-a").wait()
+    task.cancel()
+    await all_blocked()
+    world.release("-a")
+    await asyncio.wait([task])
+    error = task.exception()
+    assert isinstance(error, CompensationFailed)
+    assert error.error is boom
+    contexts = [error.__context__]
+    while contexts[-1] is not None:
+        contexts.append(contexts[-1].__context__)
+    assert [asyncio.CancelledError] == [
+        type(context) for context in contexts if isinstance(context, asyncio.CancelledError)
+    ]
+
+
+@on_asyncio_only
+async def test_g13_a_members_own_cancellation_goes_on_as_it_is(world: World) -> None:
+    """Where a member was cancelled by itself, that very exception is what the caller gets."""
+    own = asyncio.CancelledError("own")
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await Saga([Parallel(world.member("a", before=own))])()
+    assert caught.value is own
+
+
 @never_awaited
 @on_asyncio_only
 async def test_g4_members_cancelled_one_by_one_before_their_first_line(world: World) -> None:
@@ -1202,6 +1234,34 @@ async def test_g8_g13_a_members_failure_beside_an_order_to_quit_is_its_context(
     assert caught.value is quitting
     assert boom in leaf_errors(caught.value.__context__)
     assert world.done == []
+
+
+async def test_g8_g13_what_yields_is_not_lost_where_the_caller_handles_something(
+    world: World,
+) -> None:
+    """A saga that is run while its caller handles an exception: what yielded is still in the context."""
+    quitting, boom = SystemExit(3), Boom()
+
+    async def when_begun() -> None:
+        await world.begun("b").wait()
+
+    async def fail_when_cancelled() -> None:
+        try:
+            await sleep_forever()
+        finally:
+            raise boom
+
+    group = Parallel(
+        world.member("b", before=fail_when_cancelled),
+        world.member("c", before=when_begun, after=quitting),
+    )
+    with pytest.raises(SystemExit) as caught:
+        try:
+            raise Crash
+        except Crash:
+            await Saga([group])()
+    assert caught.value is quitting
+    assert boom in leaf_errors(caught.value.__context__)
 
 
 @pytest.mark.parametrize("shape", SEQUENCES, ids=lambda shape: shape.__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from anyio import (
     CancelScope,
     Event,
     current_time,
+    from_thread,
     get_cancelled_exc_class,
     sleep,
     sleep_forever,
@@ -26,6 +28,7 @@ from helpers import (
     Boom,
     Crash,
     World,
+    all_blocked,
     as_data,
     as_function,
     cancel_other_tasks,
@@ -40,9 +43,11 @@ from trio.testing import MockClock
 from pysagas import (
     AlreadyCommitted,
     CallNext,
+    Commit,
     CompensationFailed,
     Effect,
     MiddlewareError,
+    Outcome,
     Parallel,
     Saga,
     SagaBuilder,
@@ -222,7 +227,9 @@ async def test_g3_in_doubt_with_an_undo_alone(in_group: bool) -> None:
     assert undone == []
 
 
-@pytest.mark.parametrize("kind", ["sync", "async", "returns an awaitable", "callable object"])
+@pytest.mark.parametrize(
+    "kind", ["sync", "async", "returns a coroutine", "returns an awaitable", "callable object"]
+)
 @pytest.mark.parametrize("in_group", [False, True])
 @both_ways
 async def test_compensations_of_any_kind_are_called(kind: str, in_group: bool, middleware: Any) -> None:
@@ -237,10 +244,15 @@ async def test_compensations_of_any_kind_are_called(kind: str, in_group: bool, m
         async def __call__(self) -> None:
             await back_async()
 
+    class Later:
+        def __await__(self) -> Any:
+            return back_async().__await__()
+
     back: Any = {
         "sync": lambda: log.append("back"),
         "async": back_async,
-        "returns an awaitable": lambda: back_async(),
+        "returns a coroutine": lambda: back_async(),
+        "returns an awaitable": Later,
         "callable object": Back(),
     }[kind]
 
@@ -254,6 +266,26 @@ async def test_compensations_of_any_kind_are_called(kind: str, in_group: bool, m
 
 
 # --- states -------------------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize("in_group", [False, True])
+async def test_g3_a_compensation_gets_the_keywords_too(in_group: bool, middleware: Any) -> None:
+    """What the action got by keyword its compensation gets by keyword."""
+    got: list[tuple[int, str]] = []
+
+    async def back(number: int, *, key: str) -> None:
+        got.append((number, key))
+
+    async def action(number: int, *, key: str) -> None:
+        pass
+
+    part: Any = Step(action, back).bind(1, key="value")
+    with pytest.raises(Boom):
+        async with open_saga(middleware=middleware) as scope:
+            await scope.step(Parallel(part) if in_group else part)
+            raise Boom
+    assert got == [(1, "value")]
 
 
 @both_ways
@@ -619,6 +651,44 @@ async def test_g11_stop_with_two_sagas_side_by_side(world: World) -> None:
     }
 
 
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_g8_g11_an_order_to_quit_in_a_failed_call_keeps_what_started_it(
+    order: type[BaseException], world: World
+) -> None:
+    """A compensation that quits: the report says that the step's failure started it all, not that order."""
+    boom, quitting = Boom(), order()
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        await scope.step(world.step("b", after=boom, back=quitting))
+
+    with pytest.raises(order):
+        await function()
+    assert isinstance(quitting.__cause__, CompensationFailed)
+    assert quitting.__cause__.error is boom
+
+
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_g8_g11_an_order_to_quit_after_a_failed_rollback_started_its_own(
+    order: type[BaseException], world: World
+) -> None:
+    """An order to quit that comes later, from elsewhere, is what started the rollback of the rest."""
+    quitting = order()
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        with pytest.raises(CompensationFailed):
+            await scope.step(world.step("b", after=Boom(), back=Crash()))
+        raise quitting
+
+    with pytest.raises(order):
+        await function()
+    assert isinstance(quitting.__cause__, CompensationFailed)
+    assert quitting.__cause__.error is quitting
+
+
 async def test_g11_stop_after_a_failed_call_on_a_scope(world: World) -> None:
     """With "stop", a call whose work could not be taken back leaves the earlier steps as they are."""
 
@@ -806,10 +876,33 @@ async def test_g10_the_smallest_limit_of_those_around_counts(
     assert any("0.1" in str(failure) for failure in error.failures)
 
 
-async def test_g10_the_limit_of_an_inner_function_saga(world: World) -> None:
+@both_ways
+async def test_g7_g10_an_inner_saga_with_a_limit_is_taken_back_whole(
+    middleware: Any, world: World
+) -> None:
+    """A limit that is not reached leaves nothing out, from the last step of the inner saga to its first."""
+    inner = Saga([world.step("b"), world.step("c")], rollback_timeout=100)
+    with pytest.raises(Boom):
+        await Saga([world.step("a"), inner, world.step("d", after=Boom())], middleware=middleware)()
+    assert world.log == ["a", "b", "c", "d", "-d", "-c", "-b", "-a"]
+
+
+async def test_g10_the_limit_of_an_inner_saga_names_all_that_it_leaves(world: World) -> None:
+    """What an inner saga had no time for is named, its first step too; the outer one goes on."""
+    inner = Saga([world.step("b"), world.step("c")], name="inner", rollback_timeout=0)
+    world.left = {"b", "c"}
+    error = await failed(as_data(world.step("a"), inner, world.step("d", after=Boom())))
+    assert ["the rollback of 'inner' did not end within 0 s; not begun: b, c"] == [
+        str(failure) for failure in error.failures
+    ]
+    assert world.done == ["b", "c"]
+
+
+@pytest.mark.parametrize("own", [None, 100])
+async def test_g10_the_limit_of_an_inner_function_saga(own: float | None, world: World) -> None:
     """A function's failed call is taken back at once, under the smallest limit around it."""
 
-    @saga
+    @saga(rollback_timeout=own)
     async def inner(scope: SagaScope) -> None:
         await scope.step(world.step("b", after=Boom(), back=sleep_forever))
 
@@ -822,6 +915,30 @@ async def test_g10_the_limit_of_an_inner_function_saga(world: World) -> None:
     assert states(error.outcome)["b"] == "COMPENSATION_FAILED"
     # The unwinding that follows has a limit of its own.
     assert states(error.outcome)["a"] == "COMPENSATED"
+
+
+async def test_g10_a_limit_ends_with_its_rollback(world: World) -> None:
+    """That the time of one failed call is over does not keep a later one from being taken back."""
+
+    def until_that_time_is_over() -> None:
+        end = current_time() + 0.2
+        while current_time() <= end:
+            pass
+
+    @saga
+    async def inner(scope: SagaScope) -> None:
+        with suppress(Boom):
+            await scope.step(world.step("b", after=Boom(), back=nothing))
+
+    @saga(rollback_timeout=0.2)
+    async def outer(scope: SagaScope) -> None:
+        with suppress(Boom):
+            await scope.step(world.step("a", after=Boom(), back=nothing))
+        await scope.step(until_that_time_is_over)
+        await scope.step(inner)
+
+    await outer()
+    assert world.log == ["a", "-a", "b", "-b"]
 
 
 async def test_g10_the_limit_runs_from_when_all_members_have_stopped(world: World) -> None:
@@ -843,6 +960,50 @@ async def test_g10_the_limit_runs_from_when_all_members_have_stopped(world: Worl
     with pytest.raises(ExceptionGroup):
         await Saga([world.step("a"), group], rollback_timeout=0.04)()
     assert world.done == []
+
+
+async def test_g10_the_rollback_s_limit_cuts_a_compensation_with_a_longer_one(world: World) -> None:
+    """A compensation that may take its time is cut off when that of the whole rollback is up."""
+    error = await failed(
+        as_data(
+            world.step("a", back=sleep_forever, compensation_timeout=1000),
+            world.step("b", after=Boom()),
+            rollback_timeout=0.1,
+        )
+    )
+    assert states(error.outcome) == {"a": "COMPENSATION_FAILED", "b": "COMPENSATED"}
+
+
+async def test_g10_the_limit_of_a_saga_around_reaches_the_groups_of_an_inner_one(world: World) -> None:
+    """Members of a group, however deep, are cut off when the time of the outermost saga is up."""
+    inner = Saga([Parallel(world.member("b", back=sleep_forever))])
+    error = await failed(
+        as_data(world.step("a"), inner, world.step("c", after=Boom()), rollback_timeout=0.1)
+    )
+    assert states(error.outcome) == {
+        "a": "COMPLETED",
+        "b": "COMPENSATION_FAILED",
+        "c": "COMPENSATED",
+    }
+
+
+@both_ways
+async def test_g10_the_clock_counts_for_sync_compensations_too(middleware: Any, world: World) -> None:
+    """A compensation that never awaits lets no loop cancel anything; yet none begins after it."""
+
+    def slow() -> None:
+        end = current_time() + 0.1
+        while current_time() <= end:
+            pass
+
+    steps = [Step(nothing, lambda: None, name="a"), Step(nothing, slow, name="b")]
+    failing = Saga(
+        [*steps, world.step("c", after=Boom(), back=nothing)],
+        rollback_timeout=0.1,
+        middleware=middleware,
+    )
+    error = await failed(failing())
+    assert states(error.outcome) == {"a": "COMPLETED", "b": "COMPENSATED", "c": "COMPENSATED"}
 
 
 async def test_g10_a_time_limit_inside_of_a_compensation_is_its_own_failure(world: World) -> None:
@@ -906,6 +1067,68 @@ async def test_g10_limits_are_seconds(world: World) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "anyio_backend",
+    [pytest.param(("trio", {"clock": MockClock()}), id="trio-mock_clock")],
+    indirect=True,
+)
+async def test_g10_what_a_limit_leaves_is_reported_at_the_very_moment(world: World) -> None:
+    """On a clock that stands still, with a limit of 0: the time is up, and all that is left is named."""
+    error = await failed(
+        as_data(*map(world.step, "ab"), world.step("c", after=Boom()), rollback_timeout=0)
+    )
+    assert world.log == ["a", "b", "c"]
+    (left,) = error.failures
+    assert str(left).endswith("not begun: a, b, c")
+
+
+async def test_g10_a_limit_that_leaves_nothing_is_reported_once(world: World) -> None:
+    """Where the last compensation is cut off, that is all there is to report."""
+    error = await failed(
+        as_data(
+            world.step("a", back=sleep_forever),
+            world.step("b", after=Boom()),
+            rollback_timeout=0.1,
+        )
+    )
+    assert ["cut off by rollback_timeout=0.1 s"] == [str(failure) for failure in error.failures]
+
+
+async def test_g10_g14_a_limit_leaves_only_what_was_to_be_taken_back(world: World) -> None:
+    """What was committed is not among the steps that a time limit leaves behind."""
+    steps = [world.step("a"), Commit(), world.step("b"), world.step("c", after=Boom())]
+    error = await failed(as_data(*steps, rollback_timeout=0))
+    assert str(error.failures[-1]).endswith("not begun: b, c")
+
+
+@both_ways
+@pytest.mark.parametrize("nested", [False, True])
+async def test_g2_g10_a_call_that_no_time_was_left_to_take_back(
+    nested: bool, middleware: Any, world: World
+) -> None:
+    """It raises CompensationFailed, which names its work alone, and its saga fails, though it is caught."""
+    boom = Boom()
+    told: list[BaseException] = []
+
+    @saga(rollback_timeout=0, middleware=middleware)
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        try:
+            if nested:
+                async with scope.nested() as save_point:
+                    await save_point.step(world.step("b"))
+                    raise boom
+            await scope.step(world.step("b", after=boom))
+        except Exception as error:
+            told.append(error)
+
+    with suppress(CompensationFailed):
+        await function()
+    assert [(CompensationFailed, boom, "not begun: b")] == [
+        (type(error), getattr(error, "error", None), str(error)[-12:]) for error in told
+    ]
+
+
 # --- started again ------------------------------------------------------------------------------
 
 
@@ -950,6 +1173,44 @@ async def test_g9_a_cancelled_unwinding_task_cuts_one_compensation(
     assert [asyncio.CancelledError] == [type(failure) for failure in error.failures]
     assert world.log[5:] == ["-e", "-d", "-b", "-a"]
     assert asyncio.current_task().cancelling() == 0
+
+
+@never_awaited
+@on_asyncio_only
+async def test_g9_a_member_is_not_cut_where_another_task_ends_before_its_first_line(
+    world: World,
+) -> None:
+    """Whoever cancels a task that has not begun cuts no compensation that has; its own one still runs."""
+
+    async def cancel_who_has_not_begun() -> None:
+        for task in asyncio.all_tasks():
+            if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:
+                task.cancel()
+        await rounds()
+
+    group = Parallel(world.member("a", back=cancel_who_has_not_begun), world.member("b"))
+    with pytest.raises(Boom):
+        await Saga([group, world.step("c", after=Boom())])()
+    assert world.done == []
+    gc.collect()
+
+
+@on_asyncio_only
+async def test_g6_g9_a_cancelled_unwinding_task_waits_for_a_thread(world: World) -> None:
+    """Whoever cancels the task that unwinds, while it waits for a blocking undo, does not go ahead of it."""
+    unwinding: list[asyncio.Task[Any]] = []
+
+    async def note_the_task() -> None:
+        unwinding.append(asyncio.current_task())
+
+    def undo(_: object) -> None:
+        from_thread.run_sync(unwinding[0].cancel)
+        from_thread.run(all_blocked)
+        world.log.append("undone")
+
+    steps = [world.step("a"), Step(lambda: 1, undo=undo, blocking=True)]
+    await failed(as_data(*steps, world.step("b", after=Boom(), back=note_the_task)))
+    assert world.log == ["a", "b", "-b", "undone", "-a"]
 
 
 @on_asyncio_only
@@ -1046,6 +1307,30 @@ async def test_g8_g13_an_order_to_quit_in_the_task_that_waits_for_a_group(
         await Saga([world.step("a"), group, last])()
     assert caught.value is quitting
     assert world.done == []
+
+
+@on_asyncio_only
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_g8_an_order_to_quit_during_a_rollback_that_fails(
+    order: type[BaseException], world: World
+) -> None:
+    """It goes on, over the CompensationFailed, which is its cause."""
+    quitting = order()
+    world.moments = ("-a",)
+    steps = [world.step("a", back=Crash()), world.step("b", after=Boom())]
+
+    async def caller() -> None:
+        with pytest.raises(order) as caught:
+            await Replacing(Saga(steps)(), quitting)
+        assert caught.value is quitting
+
+    task = asyncio.create_task(caller())
+    await world.begun("-a").wait()
+    task.cancel()
+    await all_blocked()
+    world.release("-a")
+    await task
+    assert isinstance(quitting.__cause__, CompensationFailed)
 
 
 # --- middleware around rollbacks and compensations -----------------------------------------------
@@ -1277,7 +1562,8 @@ async def test_g8_outcome_rollback_raises_a_late_cancellation(world: World) -> N
     await asyncio.wait([task])
     assert task.cancelled()
     assert world.log == ["a", "b", "-b", "-a"]
-    assert (await outcome.rollback()).state is SagaState.COMPENSATED
+    after = await outcome.rollback()
+    assert (after.state, after.error) == (SagaState.COMPENSATED, None)
 
 
 # --- committed ----------------------------------------------------------------------------------
@@ -1345,6 +1631,24 @@ async def test_states_while_the_rollback_runs(world: World) -> None:
 
     error = await failed(function())
     assert seen == [{"a": "COMPLETED", "b": "COMPENSATION_FAILED"}]
+    assert states(error.outcome) == {"a": "COMPENSATED", "b": "COMPENSATION_FAILED"}
+
+
+async def test_g11_the_report_of_a_failed_call_is_of_that_moment(world: World) -> None:
+    """What a function is told when a call could not be taken back stays as it was; the end has its own."""
+    boom = Boom()
+    told: list[Outcome[object]] = []
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        with pytest.raises(CompensationFailed) as caught:
+            await scope.step(world.step("b", after=boom, back=Crash()))
+        told.append(caught.value.outcome)
+
+    error = await failed(function())
+    assert (told[0].state, told[0].error) == (SagaState.FAILED, boom)
+    assert states(told[0]) == {"a": "COMPLETED", "b": "COMPENSATION_FAILED"}
     assert states(error.outcome) == {"a": "COMPENSATED", "b": "COMPENSATION_FAILED"}
 
 

@@ -25,6 +25,7 @@ from ._errors import (
     give_context,
     leaves,
     orders_to_quit,
+    raise_as_it_is,
     was_closed,
     without_cancellation,
 )
@@ -330,11 +331,15 @@ async def _carry_out_members(
             await checkpoint_if_cancelled()
         except cancelled_class as error:
             outside = error
+    chosen = _group_error(group, owner, failures, outside, cancelled)
     try:
-        raise _group_error(group, owner, failures, outside, cancelled)
+        if chosen.__context__ is not None:
+            # What yields to it must not be lost where the caller is handling something else.
+            raise_as_it_is(chosen)
+        raise chosen
     finally:
         # An exception whose traceback holds this frame must not be held by it.
-        del before, outside
+        del before, outside, chosen
         failures.clear()
         cancelled.clear()
 

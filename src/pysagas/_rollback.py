@@ -94,7 +94,7 @@ async def roll_back(
                 # Reckoned once: unwinding that is started again gets no more time than it had.
                 if deadline is None:
                     deadline = current_time() + sequence.rollback_timeout
-                await _limited(sequence, start, deadline, once)
+                await _limited(sequence, start, deadline, once, name, path)
                 ended = True
         except GeneratorExit:
             raise
@@ -125,7 +125,12 @@ def _not_run(effect: Effect) -> BaseException:
 
 
 async def _limited(
-    sequence: Sequence, start: int, deadline: float, unwinding: Callable[[], Awaitable[None]]
+    sequence: Sequence,
+    start: int,
+    deadline: float,
+    unwinding: Callable[[], Awaitable[None]],
+    name: str,
+    path: tuple[int, ...],
 ) -> None:
     """Unwinds a sequence until a deadline; what is not begun by then is not begun any more."""
     scope = CancelScope(deadline=deadline)
@@ -138,14 +143,11 @@ async def _limited(
         first = max(start, sequence.committed)
         left = [name for entry in sequence.entries[first:] for name in pending_names(entry)]
         if left and current_time() >= deadline:
-            sequence.run.failed_at(sequence.path, _out_of_time(sequence, left))
-
-
-def _out_of_time(sequence: Sequence, left: list[str]) -> BaseException:
-    return TimeoutError(
-        f"the rollback of {sequence.name!r} did not end within {sequence.rollback_timeout} s; not "
-        f"begun: {', '.join(left)}"
-    )
+            error = TimeoutError(
+                f"the rollback of {name!r} did not end within {sequence.rollback_timeout} s; not "
+                f"begun: {', '.join(left)}"
+            )
+            sequence.run.failed_at(path, error)
 
 
 async def _unwind(sequence: Sequence, start: int) -> None:
@@ -199,7 +201,7 @@ async def _unwind_node(entry: Entry | None, owner: Sequence) -> None:
             await _unwind(entry, 0)
         else:
             deadline = current_time() + entry.rollback_timeout
-            await _limited(entry, 0, deadline, partial(_unwind, entry, 0))
+            await _limited(entry, 0, deadline, partial(_unwind, entry, 0), entry.name, entry.path)
 
 
 async def _unwind_group(group: Group, owner: Sequence) -> None:
