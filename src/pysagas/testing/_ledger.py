@@ -49,6 +49,7 @@ class EffectsLedger:
         self._taken_back: dict[str, _Effect] = {}
         self._groups: set[_Place] = set()
         self._tried: set[_Place] = set()
+        self._refused: set[_Place] = set()
         self._watching = False
 
     def snapshot(self) -> tuple[str, ...]:
@@ -71,6 +72,7 @@ class EffectsLedger:
         if known is not None:
             if key is not None and key == known.key:
                 return
+            self._refused.add(new.place)
             raise LedgerError(
                 f"{name!r} is made twice{_at(new)}; a request that may be repeated is told by its key: "
                 "make(name, key=current_effect().key)"
@@ -106,8 +108,8 @@ class EffectsLedger:
             # So that an effect which comes after this is known to be late.
             self._taken_back[name] = _Effect(name, place, key)
             return False
-        if known.place is not None and place is not None and known.place[0] != place[0]:
-            return False  # it is another run's
+        if place is not None and place in self._refused:
+            return False  # it is not this one's: what that made was refused
         names = list(self._standing)
         for later in names[names.index(name) + 1 :]:
             if self._in_order(known, self._standing[later]):

@@ -152,7 +152,7 @@ class TrialRun:
         return error
 
     async def around(self, effect: Effect, call_next: CallNext) -> object:
-        """The outermost middleware: ends the run where the plan says so."""
+        """The innermost middleware: ends the run where the plan says so."""
         if self.killed is not None:
             raise self.killed
         if effect.kind == "group":
