@@ -9,7 +9,15 @@ from functools import partial
 import pytest
 import stamina
 import tenacity
-from anyio import CancelScope, Event, create_task_group, from_thread, sleep_forever
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    fail_after,
+    from_thread,
+    sleep_forever,
+    to_thread,
+)
 from anyio.lowlevel import checkpoint
 
 from pysagas import (
@@ -28,6 +36,7 @@ from pysagas import (
     outcome_of,
     saga,
 )
+from pysagas._attempts import _threads_back
 
 pytestmark = pytest.mark.anyio
 
@@ -213,8 +222,9 @@ class Awaitable:
 )
 def test_refused_step(arguments, options, message):
     """A step that cannot work is refused when it is built, with what, where, and what to write."""
-    with pytest.raises(SagaDefinitionError, match=message):
+    with pytest.raises(SagaDefinitionError, match=message) as refused:
         Step(*arguments, **options)
+    assert str(refused.value).startswith("Step ")
 
 
 def yields(x):
@@ -329,7 +339,7 @@ async def test_refused_arguments_of_a_scope():
         (lambda: Parallel(one), r"Parallel: member 0 must be .*; write Step\(one\)"),
         (
             lambda: Parallel(Step(one), 3),
-            "Parallel: member 1 must be a Step, a Parallel, a Saga or a Commit, not 3",
+            "Parallel: member 1 must be a Step, a Parallel, a Saga or a Commit, not 3$",
         ),
         (lambda: Parallel(3, name="all"), "Parallel 'all': member 0"),
         (lambda: Parallel(name=3), "Parallel: name must be a non-empty string, not 3"),
@@ -525,6 +535,19 @@ def test_accepted_blocking(options):
     assert Step(sync_one, **options).blocking
 
 
+async def test_a_class_may_be_an_action():
+    """To call it makes the step's result; only sagas and steps are no actions."""
+
+    class Ticket:
+        @classmethod
+        def issued(cls):
+            return cls()
+
+    async with open_saga() as scope:
+        assert isinstance(await scope.step(Step(Ticket)), Ticket)
+        assert isinstance(await scope.step(Step(Ticket.issued)), Ticket)
+
+
 def test_bind_checks_its_arguments():
     """Binding arguments that a definition cannot take is a TypeError that names what cannot (G2)."""
     with pytest.raises(
@@ -547,6 +570,15 @@ def test_bind_checks_its_arguments():
     assert isinstance(trip.bind(1), Bound)
     assert isinstance(Saga([Step(two).bind(1, 2), Step(one), Commit()]).bind(1), Bound)
     assert isinstance(Commit().bind(1, 2), Bound)
+
+
+def test_bind_checks_the_compensation_of_an_action_that_takes_anything():
+    """An action with ``*args`` says nothing of its calls: each is checked against the compensation."""
+    with pytest.raises(TypeError, match="the compensation of step 'any_call' cannot take"):
+        Step(any_call, one).bind()
+    with pytest.raises(TypeError, match="the compensation of step 'any_call' cannot take"):
+        Step(any_call, one).bind(1, 2)
+    assert (1,) == Step(any_call, one).bind(1).args
 
 
 def test_bind_checks_names_for_the_compensation_too():
@@ -662,6 +694,15 @@ async def test_a_group_of_declared_failures_does_not_count(options, in_group):
 
 
 # --- timeout ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"timeout": 60}, {"retry": twice}, {"shield": True}])
+async def test_options_of_the_action_leave_its_arguments(options):
+    """An action that is timed, retried or shielded gets just what it was given, keywords included."""
+    action = Async()
+    await Saga([Step(action, **options).bind(1, key=2)]).run()
+
+    assert [((1,), {"key": 2})] == action.calls
 
 
 async def test_own_timeout_is_never_not_applied():
@@ -1012,6 +1053,16 @@ async def test_compensation_timeout_is_for_each_attempt():
     assert StepState.COMPENSATED is outcome_of(raised.value).steps[0].state
 
 
+@pytest.mark.parametrize("options", [{"compensation_timeout": 60}, {"compensation_retry": twice}])
+async def test_options_of_the_compensation_leave_its_arguments(options):
+    """A compensation that is timed or retried gets just what the action got, keywords included (G3)."""
+    back = Async()
+    await run_to_failure(Step(Sync(OSError()), back, **options).bind(1, key=2))
+
+    assert {"key": 2} == back.calls[0][1]
+    assert all(call == ((1,), {"key": 2}) for call in back.calls)
+
+
 async def test_options_of_the_compensation_are_the_undo_s_too():
     """An undo is retried and timed out as a compensation is."""
     undo = Async(OSError(), None)
@@ -1075,6 +1126,18 @@ async def test_shield_and_a_failing_action(error, states):
 
     assert error is raised
     assert states == [step.state]
+
+
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_shield_and_an_action_that_quits(order):
+    """An order to quit goes over the cancellation that waited for the shielded action (G8)."""
+    with pytest.raises(order), CancelScope() as scope:
+
+        async def quits():
+            scope.cancel()
+            raise order
+
+        await Saga([Step(quits, shield=True)]).run()
 
 
 async def test_shield_has_a_timeout_of_its_own():
@@ -1179,12 +1242,66 @@ async def test_blocking_retries():
     assert StepState.COMPENSATED is outcome_of(raised.value).steps[0].state
 
 
-@pytest.mark.parametrize("make", [lambda: any_call_async(), lambda: Awaitable()])
+async def test_g6_blocking_steps_give_back_their_thread():
+    """With one worker thread for all, blocking steps run one after the other, and give it back (G6)."""
+    threads = to_thread.current_default_thread_limiter()
+    usual, threads.total_tokens = threads.total_tokens, 1
+    action = Sync()
+    try:
+        with fail_after(2):
+            await Saga(3 * [Step(action, blocking=True)]).run()
+    finally:
+        threads.total_tokens = usual
+
+    assert 3 == len(action.calls)
+    assert 0 == threads.borrowed_tokens
+
+
+async def test_g6_the_way_back_waits_for_no_thread_of_the_way_forward():
+    """A blocking undo runs though every worker thread of the way forward is taken (G6)."""
+    threads = to_thread.current_default_thread_limiter()
+    undo = Sync()
+    takers = []
+
+    async def takes_all_threads():
+        takers.extend(object() for _ in range(int(threads.available_tokens)))
+        for taker in takers:
+            threads.acquire_on_behalf_of_nowait(taker)
+        raise KeyError
+
+    try:
+        with fail_after(2), pytest.raises(KeyError):
+            await Saga([Step(Sync("result"), undo=undo, blocking=True), Step(takes_all_threads)]).run()
+    finally:
+        for taker in takers:
+            threads.release_on_behalf_of(taker)
+
+    assert [(("result",), {})] == undo.calls
+
+
+async def test_ways_back_share_their_threads():
+    """However many sagas go back at once, they have as many threads as the way forward, and no more."""
+    threads = to_thread.current_default_thread_limiter()
+    assert _threads_back() is _threads_back()
+    assert threads.total_tokens == _threads_back().total_tokens
+    assert threads is not _threads_back()
+
+
+@pytest.mark.parametrize("make", [any_call_async, lambda: Awaitable()])
 async def test_blocking_function_that_returns_an_awaitable(make):
     """A blocking function that turns out to be async is told so, and its coroutine is closed."""
-    _, error = await run_to_failure(Step(lambda: make(), blocking=True, name="late"), error=TypeError)
+    made = make()
+    _, error = await run_to_failure(Step(lambda: made, blocking=True, name="late"), error=TypeError)
 
     assert str(error).startswith("step 'late' has blocking=True, but '<lambda>' returned an awaitable")
+    assert getattr(made, "cr_frame", None) is None
+
+
+async def test_blocking_undo_that_returns_an_awaitable():
+    """The same on the way back: the failure names the step and the function."""
+    failing = fails_after(Step(Sync(), undo=lambda _: any_call_async(), blocking=True, name="late"))
+    with pytest.raises(CompensationFailed, match="step 'late' has blocking=True, but '<lambda>'"):
+        await failing.run()
 
 
 # --- groups: what only their definition decides ------------------------------------------------------

@@ -293,6 +293,15 @@ async def test_results_go_through_middleware():
     } == recorder.ends
 
 
+async def test_what_a_compensation_returns_goes_through_middleware():
+    """A middleware gets what a compensation returned: a journal may keep the receipt of a refund."""
+    world, recorder = World(), Recorder()
+    refund = world.step("charge", compensation=lambda: "receipt")
+    await failure_of(Saga([refund, world.step("two", fails=1)], middleware=[recorder]))
+
+    assert "receipt" == recorder.ends["compensation", (0,)]
+
+
 async def test_saga_and_run_id_of_effects():
     """An effect names the innermost saga it is part of, and a run has one id of its own."""
     world, recorder = World(), Recorder()
@@ -429,6 +438,25 @@ async def test_block_is_no_effect():
         ("rollback", "block", ()),
         ("compensation", "one", (0,)),
     ] == recorder.seen
+
+
+async def test_a_rollback_is_an_effect_where_something_was_begun():
+    """A rollback is told to middleware even if no step had a way back; not where no step was begun."""
+    world, recorder = World(), Recorder()
+    no_way_back = world.step("one", compensation=None, fails=1)
+    await failure_of(Saga([no_way_back], middleware=[recorder]))
+    assert [()] == recorder.paths("rollback")
+
+    outcome = await Saga([world.step("two", compensation=None)], middleware=[recorder]).run()
+    await outcome.rollback()
+    assert 2 * [()] == recorder.paths("rollback")
+
+    @saga(middleware=[recorder])
+    async def fails_at_once(scope: SagaScope):
+        raise Boom
+
+    await failure_of(fails_at_once)
+    assert 2 * [()] == recorder.paths("rollback")
 
 
 async def test_rollback_of_a_completed_run_is_an_effect():
@@ -667,6 +695,14 @@ async def test_answering_in_an_action_s_place(place):
     assert ["two", "-two", "-one: answer"] == world.log
     assert "answer" == outcome.steps[0].result
     assert StepState.COMPENSATED is outcome.steps[0].state
+
+
+async def test_answering_for_an_action_with_keywords():
+    """A step that got keyword arguments is answered for as any other."""
+    step = Step(lambda *, key: key).bind(key="value")
+    outcome = await Saga([step], middleware=[instead("action", "answer")]).run()
+
+    assert (StepState.COMPLETED, "answer") == (outcome.steps[0].state, outcome.steps[0].result)
 
 
 async def test_swallowing_an_action_s_failure():

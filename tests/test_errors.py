@@ -256,6 +256,16 @@ def test_was_closed():
     assert not was_closed(error, error.__context__.__context__)
 
 
+def test_contexts_that_go_round():
+    """Exceptions whose contexts are a circle, as users can make them, do not keep a rollback for ever."""
+    first, second, third = ValueError(), OSError(), KeyError()
+    first.__context__, second.__context__ = second, first
+
+    assert not was_closed(first, None)
+    give_context(third, first)
+    assert third.__context__ is first
+
+
 def test_orders_to_quit():
     """KeyboardInterrupt and SystemExit are orders to quit, in a group too; nothing else is (G8)."""
     assert orders_to_quit(KeyboardInterrupt())
@@ -287,6 +297,7 @@ def test_give_context():
     give_context(second, first)
     give_context(second, outer)
     give_context(outer, second)
+    assert outer.__context__ is None  # else the contexts would go round for ever
     give_context(second, None)
     assert [first, outer, None] == [second.__context__, first.__context__, outer.__context__]
 

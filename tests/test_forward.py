@@ -28,6 +28,7 @@ from helpers import (
 
 from pysagas import (
     CallNext,
+    Commit,
     CompensationFailed,
     Effect,
     MiddlewareError,
@@ -222,7 +223,15 @@ async def test_g5_the_note(world: World) -> None:
     ]
 
 
-async def test_g5_the_note_of_a_long_saga_counts() -> None:
+@pytest.mark.parametrize(
+    ("count", "listed"),
+    [
+        (10, "'s1', 's0'; in doubt: 'fail'"),
+        (11, "'s2', 's1' and 1 more; in doubt: 'fail'"),
+        (15, "'s6', 's5' and 5 more; in doubt: 'fail'"),
+    ],
+)
+async def test_g5_the_note_of_a_long_saga_counts(count: int, listed: str) -> None:
     """A note lists ten names, and counts the others."""
     boom = Boom()
 
@@ -232,11 +241,11 @@ async def test_g5_the_note_of_a_long_saga_counts() -> None:
     async def action() -> None:
         pass
 
-    steps = [Step(action, nothing, name=f"s{number}") for number in range(15)]
+    steps = [Step(action, nothing, name=f"s{number}") for number in range(count)]
     with pytest.raises(Boom):
         await Saga([*steps, Step(fail)])()
-    assert "'s14', 's13'" in boom.__notes__[0]
-    assert "'s5' and 5 more; in doubt: 'fail'" in boom.__notes__[0]
+    assert f"rolled back: 's{count - 1}', 's{count - 2}'" in boom.__notes__[0]
+    assert boom.__notes__[0].endswith(listed)
 
 
 async def test_g5_the_note_where_no_step_failed() -> None:
@@ -250,6 +259,20 @@ async def test_g5_the_note_where_no_step_failed() -> None:
     with pytest.raises(Boom) as caught:
         await function()
     assert caught.value.__notes__ == ["saga 'trip' failed; rolled back: 'nothing'; in doubt: nothing"]
+
+
+async def test_g5_the_note_names_no_step_whose_failure_was_caught(world: World) -> None:
+    """Only the step that raised what ended the saga is said to have failed."""
+
+    @saga(name="trip")
+    async def function(scope: SagaScope) -> None:
+        with suppress(Boom):
+            await scope.step(world.step("hotel", after=Boom()))
+        await scope.step(world.step("flight", after=Boom()))
+
+    with pytest.raises(Boom) as caught:
+        await function()
+    assert "failed in step 'flight'; rolled back: 'flight', 'hotel'" in caught.value.__notes__[0]
 
 
 async def test_g13_the_failure_is_in_the_report(world: World) -> None:
@@ -413,6 +436,26 @@ async def test_g4_with_a_limit_no_member_starts_after_a_failure(
     }
 
 
+@both_ways
+@pytest.mark.parametrize("on_failure", ["cancel", "finish"])
+async def test_g4_without_a_limit_no_member_starts_after_a_failure(
+    on_failure: Any, middleware: Any, world: World
+) -> None:
+    """Where the first member fails before its first checkpoint, those after it never start."""
+
+    def fail() -> None:
+        raise Boom
+
+    members = [Step(fail, name="b"), *(world.member(name) for name in "cd")]
+    with pytest.raises(ExceptionGroup) as caught:
+        await Saga([Parallel(*members, on_failure=on_failure)], middleware=middleware)()
+    assert world.order == []
+    assert states(outcome_of(caught.value)) == {
+        "b": "UNKNOWN",
+        **dict.fromkeys("cd", "NOT_STARTED"),
+    }
+
+
 @pytest.mark.parametrize("limit", [None, 2, 3])
 async def test_g4_cancel_stops_the_siblings_at_once(limit: int | None, world: World) -> None:
     """Siblings are cancelled where they wait; they are in doubt, so they are compensated."""
@@ -549,6 +592,18 @@ async def test_g5_the_groups_exception(limit: int | None, middleware: Any, world
     assert caught.value.exceptions == (boom,)
     assert caught.value.message == "group 'rooms' of saga 'trip': 1 of 2 members failed"
     assert caught.value.__notes__[0].startswith("saga 'trip' failed in step 'c'; rolled back: ")
+
+
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_g8_an_order_to_quit_as_a_groups_only_failure_comes_alone(
+    order: type[BaseException], world: World
+) -> None:
+    """There is no other failure that would be its context."""
+    quitting = order()
+    with pytest.raises(order) as caught:
+        await Saga([Parallel(world.member("a"), world.member("b", after=quitting))])()
+    assert caught.value is quitting
+    assert (quitting.__cause__, quitting.__context__) == (None, None)
 
 
 async def test_g5_failures_in_the_order_of_the_members(world: World) -> None:
@@ -892,6 +947,14 @@ async def test_g14_a_middleware_that_forgets_a_commit(world: World) -> None:
     with pytest.raises(MiddlewareError, match="commit"):
         await definition()
     assert world.log == ["a", "-a"]
+
+
+async def test_g14_a_middleware_that_forgets_a_commit_before_anything_else(world: World) -> None:
+    """Also where there was nothing before it that could be committed."""
+    parts = [Commit(), world.step("never")]
+    with pytest.raises(MiddlewareError, match="commit"):
+        await Saga(parts, middleware=[on_effect("commit", "commit", answers)])()
+    assert world.log == []
 
 
 @pytest.mark.parametrize("kind", ["group", "saga"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import anyio
 import pytest
 from anyio import CancelScope, Event, create_task_group
 from anyio.lowlevel import checkpoint
@@ -230,9 +231,11 @@ async def test_members_that_never_started():
         Saga([Parallel(step("one", fails=OSError()), step("two"), step("three"), limit=1)])
     )
 
-    assert [StepState.COMPENSATED, StepState.NOT_STARTED, StepState.NOT_STARTED] == [
-        report.state for report in outcome.steps
-    ]
+    assert [
+        ((0, 0), StepState.COMPENSATED),
+        ((0, 1), StepState.NOT_STARTED),
+        ((0, 2), StepState.NOT_STARTED),
+    ] == [(report.path, report.state) for report in outcome.steps]
     assert ["one", "-one"] == log
 
 
@@ -411,6 +414,20 @@ async def test_rollback_while_another_task_does_it():
         go_on.set()
 
     assert results == [await outcome.rollback()]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_rollback_that_could_not_run_can_be_asked_again(backend):
+    """Where no event loop runs, nothing is taken back, and the run can be taken back later."""
+    log, step = recorder()
+    outcome = anyio.run(Saga([step("one")]).run, backend=backend)
+    outside = outcome.rollback()
+    with pytest.raises(RuntimeError):
+        outside.send(None)
+    assert ["one"] == log
+
+    assert SagaState.COMPENSATED is anyio.run(outcome.rollback, backend=backend).state
+    assert ["one", "-one"] == log
 
 
 async def test_cancelled_rollback_runs_to_its_end():

@@ -439,7 +439,7 @@ def test_unknown_option_of_the_decorator():
         saga(retries=3)
 
 
-@pytest.mark.parametrize("on", ["function", "method", "static", "local"])
+@pytest.mark.parametrize("on", ["function", "method", "annotated", "named", "local"])
 async def test_a_function_saga_is_rolled_back(on, world):
     """What a function raises takes back what it did, on methods as on functions."""
 
@@ -455,14 +455,20 @@ async def test_a_function_saga_is_rolled_back(on, world):
 
         @staticmethod
         @saga
-        async def static(scope: SagaScope, x):
+        async def annotated(on: SagaScope, x):
+            await body(on, x)
+
+        @staticmethod
+        @saga
+        async def named(scope, x):
             await body(scope, x)
 
     Agency.booking = saga(Agency.book)
     trip = {
         "function": saga(body),
         "method": Agency().booking,
-        "static": Agency.static,
+        "annotated": Agency.annotated,
+        "named": Agency.named,
         "local": saga(name="local")(body),
     }[on]
     with pytest.raises(Boom):
@@ -698,6 +704,8 @@ async def test_builder(world):
     trip = builder.build()
     outcome = await trip.run("run")
 
+    assert ("group", 1, "finish") == (trip.parts[3].name, trip.parts[3].limit, trip.parts[3].on_failure)
+    assert trip.parts[6].undo is not None
     assert ("trip", (Boom,), 3, "stop") == (
         trip.name,
         trip.exceptions,

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, sleep_forever
 from anyio.lowlevel import checkpoint
-from helpers import Boom, Crash, World, as_data, checked_world, nothing, rounds, states
+from helpers import (
+    Boom,
+    Crash,
+    World,
+    as_data,
+    checked_world,
+    leaf_errors,
+    nothing,
+    rounds,
+    states,
+)
 
 from pysagas import (
     CallNext,
@@ -189,6 +199,9 @@ async def test_g2_a_call_that_cannot_be_taken_back(
 
     with pytest.raises(CompensationFailed) as caught:
         await in_scope(body, middleware=middleware)
+    # Not what an assertion above may have raised: that would be here.
+    assert caught.value.error is not None
+    assert leaf_errors(caught.value.error) == [boom]
     assert caught.value.failures == (crash,)
     assert world.log == ["a", "b", "-a"]
     outcome = outcome_of(caught.value)
@@ -260,19 +273,21 @@ async def test_g2_swallowed_in_an_inner_function(world: World) -> None:
 
 
 async def test_g2_swallowed_in_a_nested_scope(world: World) -> None:
-    """A block that swallowed CompensationFailed raises it at its end."""
+    """A block that swallowed CompensationFailed raises it at its end, with what had started it all."""
     went_on = []
+    boom = Boom()
 
     @saga
     async def function(scope: SagaScope) -> None:
         await scope.step(world.step("a"))
         async with scope.nested() as nested:
             with suppress(CompensationFailed):
-                await nested.step(world.step("b", after=Boom(), back=Crash()))
+                await nested.step(world.step("b", after=boom, back=Crash()))
         went_on.append("function")  # pragma: no cover - must not be reached
 
-    with pytest.raises(CompensationFailed):
+    with pytest.raises(CompensationFailed) as caught:
         await function()
+    assert caught.value.error is boom
     assert went_on == []
     assert world.log == ["a", "b", "-a"]
 
@@ -328,6 +343,80 @@ async def test_calls_give_values(middleware: Any) -> None:
 
     assert await function(8) == 16
     assert (await function.run(9)).value == 18
+
+
+async def test_a_step_written_inline_is_an_effect_like_another() -> None:
+    """Middleware is around a step that asks for nothing, and around its compensation."""
+    seen: list[tuple[str, str]] = []
+
+    async def noting(effect: Effect, call_next: CallNext) -> object:
+        seen.append((effect.kind, effect.name))
+        return await call_next()
+
+    async with open_saga(name="trip", exceptions=Boom, middleware=[noting]) as scope:
+        await scope.step(nothing, compensation=rounds)
+        raise Boom
+    assert seen == [("action", "nothing"), ("rollback", "trip"), ("compensation", "nothing")]
+
+
+async def test_g5_g13_a_step_written_inline_that_fails_is_reported() -> None:
+    """Its exception is in its report, and the note says that it failed."""
+    boom = Boom()
+
+    async def fail() -> None:
+        raise boom
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        await scope.step(fail)
+
+    with pytest.raises(Boom):
+        await function()
+    outcome = outcome_of(boom)
+    assert outcome is not None
+    assert outcome.steps[0].error is boom
+    assert "failed in step 'fail'" in boom.__notes__[0]
+
+
+async def test_g6_a_cancellation_is_noticed_before_a_sync_action_written_inline(world: World) -> None:
+    """A scope that was cancelled meanwhile: the sync action is not begun, so nothing of it goes back."""
+    begun: list[str] = []
+
+    with CancelScope() as around:
+        async with open_saga() as scope:
+            await scope.step(world.step("a"))
+            around.cancel()
+            await scope.step(begun.append, "b", compensation=begun.append)
+    assert around.cancelled_caught
+    assert begun == []
+    assert states(scope.outcome) == {"a": "COMPENSATED", "append": "NOT_STARTED"}
+
+
+async def test_g5_a_group_on_a_scope_has_the_name_that_it_was_given(world: World) -> None:
+    """Its failure names it, as that of a group as data does."""
+    with pytest.raises(ExceptionGroup, match="group 'bookings' of saga 'trip'"):
+        async with open_saga(name="trip") as scope:
+            await scope.parallel(world.step("a", after=Boom()).bind(), name="bookings")
+
+
+async def test_names_of_options_are_names_of_arguments_too() -> None:
+    """A definition gets its keyword arguments, though an action's step has options of these names."""
+    got: list[object] = []
+
+    def action(*, compensation: str, undo: str, name: str) -> None:
+        got.extend((compensation, undo, name))
+
+    async with open_saga() as scope:
+        await scope.step(Step(action), compensation="a", undo="b", name="c")
+    assert got == ["a", "b", "c"]
+
+
+async def test_a_nameless_block_is_called_saga() -> None:
+    """Reports and messages have a name for every saga."""
+    async with open_saga() as scope:
+        await scope.step(nothing)
+    assert scope.outcome is not None
+    assert scope.outcome.saga == "saga"
 
 
 async def test_undo_gets_the_result_and_compensation_the_arguments() -> None:
@@ -610,8 +699,8 @@ async def test_a_scope_used_after_its_block(in_scope: Any, fails: bool) -> None:
 
     with suppress(Boom):
         await in_scope(body)
-    for call in calls_on(kept[0]).values():
-        with pytest.raises(ScopeClosed, match="ended"):
+    for name, call in calls_on(kept[0]).items():
+        with pytest.raises(ScopeClosed, match=rf"scope\.{name.split()[0]} on .* ended"):
             await call()
 
 
@@ -681,6 +770,95 @@ async def test_g7_a_scope_that_ends_while_another_task_uses_it(
     assert world.done == []
 
 
+async def test_a_scope_used_while_it_commits() -> None:
+    """A commit is a call like another: while it is under way every other call is refused."""
+    scopes: list[SagaScope] = []
+    refused: list[str] = []
+
+    async def meddles(effect: Effect, call_next: CallNext) -> object:
+        assert effect.kind == "commit"
+        for call in calls_on(scopes[0]).values():
+            with pytest.raises(ScopeBusy, match="its commit has not ended yet"):
+                await call()
+            refused.append("a call")
+        return await call_next()
+
+    async with open_saga(middleware=[meddles]) as scope:
+        scopes.append(scope)
+        await scope.commit()
+    assert len(refused) == len(calls_on(scopes[0]))
+
+
+async def test_g7_a_scope_that_ends_under_a_call_that_follows_a_save_point(world: World) -> None:
+    """The call of another task is left to that task, also where a nested scope was open before."""
+    ended = Event()
+
+    async def other(scope: SagaScope) -> None:
+        with pytest.raises(ScopeClosed, match="'c' of saga 'function' ended after its scope"):
+            await scope.step(world.step("c", before=ended.wait))
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        async with scope.nested() as nested:
+            await nested.step(world.step("b"))
+        tasks.start_soon(other, scope)
+        await world.begun("c").wait()
+
+    world.left = {"c"}
+    async with create_task_group() as tasks:
+        with pytest.raises(ScopeBusy, match="another task") as caught:
+            await function.run(exceptions=ScopeBusy)
+        assert world.order == ["a", "b", "c", "-b", "-a"]
+        outcome = outcome_of(caught.value)
+        assert outcome is not None
+        assert outcome.state is SagaState.FAILED  # c is still to be taken back
+        ended.set()
+    assert world.done == []
+
+
+async def test_g12_misuse_of_a_block_is_no_expected_failure() -> None:
+    """A block that ends under another task's call raises ScopeBusy, whatever failures are expected."""
+    begun, ended = Event(), Event()
+
+    async def action() -> None:
+        begun.set()
+        await ended.wait()
+
+    async def other(scope: SagaScope) -> None:
+        with pytest.raises(ScopeClosed):
+            await scope.step(action)
+
+    async with create_task_group() as tasks:
+        with pytest.raises(ScopeBusy):
+            async with open_saga(exceptions=Exception) as scope:
+                tasks.start_soon(other, scope)
+                await begun.wait()
+        ended.set()
+
+
+async def test_g7_a_failure_that_leaves_a_save_point_goes_over_its_misuse(world: World) -> None:
+    """What left the block is raised, though another task's call on it was still under way."""
+    ended = Event()
+
+    async def other(scope: SagaScope) -> None:
+        with pytest.raises(ScopeClosed, match="'a' of saga 'function' ended after its scope"):
+            await inline(scope, world, "a", before=ended.wait)
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        async with scope.nested() as nested:
+            tasks.start_soon(other, nested)
+            await world.begun("a").wait()
+            raise Boom
+
+    async with create_task_group() as tasks:
+        with pytest.raises(Boom):
+            await function()
+        ended.set()
+    assert world.done == []
+
+
 async def test_g7_nothing_new_starts_once_the_rollback_has_begun(world: World) -> None:
     """A compensation that calls a step on the scope is refused."""
     refused: list[BaseException] = []
@@ -741,6 +919,7 @@ async def no_arguments() -> None:
         (lambda s: s.step(no_arguments, unknown=1), TypeError, "unknown"),
         (lambda s: s.step(Step(no_arguments), 1), TypeError, "no_arguments"),
         (lambda s: s.step(Step(no_arguments).bind(), 1), TypeError, "has its arguments already"),
+        (lambda s: s.step(Step(no_arguments).bind(), x=1), TypeError, "has its arguments already"),
         (lambda s: s.step(Step(no_arguments), undo=print), TypeError, "undo"),
         (lambda s: s.step(Step(no_arguments), compensation=print), TypeError, "compensation"),
         (lambda s: s.parallel(no_arguments), SagaDefinitionError, "must be a Step"),
@@ -863,7 +1042,7 @@ async def test_open_saga_is_entered_once() -> None:
         {"middleware": nothing},
         {"middleware": [1]},
     ],
-    ids=str,
+    ids=["name", "type", "string", "negative", "word", "function", "number"],
 )
 def test_open_saga_refuses_options_that_cannot_work(options: dict[str, Any]) -> None:
     """At once, with a message that names open_saga."""
@@ -980,6 +1159,22 @@ async def test_open_saga_in_an_async_generator_that_is_closed(
     assert world.done == []
 
 
+async def test_an_async_generator_that_is_closed_does_not_go_on_after_its_block(world: World) -> None:
+    """The GeneratorExit that ends the block ends the generator."""
+    went_on: list[str] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        async with open_saga() as scope:
+            await scope.step(world.step("a"))
+            yield 1
+        went_on.append("after the block")  # pragma: no cover - must not be reached
+
+    async with aclosing(numbers()) as some:
+        assert await anext(some) == 1
+    assert world.log == ["a", "-a"]
+    assert went_on == []
+
+
 async def test_g11_an_async_generator_that_is_closed_and_cannot_be_taken_back(
     world: World,
 ) -> None:
@@ -1045,27 +1240,31 @@ async def in_a_generator_that_awaits(world: World) -> None:
     await anext(numbers())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        with_block,
-        with_context_manager,
-        with_exit_stack,
-        with_save_point,
-        in_a_step,
-        in_a_generator_that_awaits,
-    ],
-    ids=lambda f: f.__name__,
-)
-def test_a_coroutine_that_is_closed_in_a_block_of_open_saga(make: Any, world: World) -> None:
-    """It cannot await: a ResourceWarning names what is left, and GeneratorExit goes on."""
-    coroutine = make(world)
+COROUTINES = [with_block, with_context_manager, with_exit_stack, with_save_point, in_a_step]
+
+
+def warnings_of_closing(coroutine: Any) -> list[str]:
     coroutine.send(None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         coroutine.close()
         gc.collect()
-    messages = [str(one.message) for one in caught if one.category is ResourceWarning]
+    return [str(one.message) for one in caught if one.category is ResourceWarning]
+
+
+@pytest.mark.parametrize("make", [*COROUTINES, in_a_generator_that_awaits], ids=lambda f: f.__name__)
+def test_a_coroutine_that_is_closed_in_a_block_of_open_saga(make: Any, world: World) -> None:
+    """It cannot await: a ResourceWarning names what is left, and GeneratorExit goes on."""
+    messages = warnings_of_closing(make(world))
+    assert len(messages) == 1
+    assert "not taken back: a" in messages[0]
+    assert "-a" not in world.order
+
+
+@pytest.mark.parametrize("make", COROUTINES, ids=lambda f: f.__name__)
+async def test_a_coroutine_that_is_closed_while_a_loop_runs(make: Any, world: World) -> None:
+    """The same where there is a loop, which would take what is awaited: nothing is."""
+    messages = warnings_of_closing(make(world))
     assert len(messages) == 1
     assert "not taken back: a" in messages[0]
     assert "-a" not in world.order
@@ -1196,6 +1395,30 @@ async def test_current_effect_between_the_calls(middleware: Any) -> None:
     await in_block(body, middleware=middleware)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("call", [inline, defined, as_save_point], ids=lambda f: f.__name__)
+async def test_a_block_within_an_action_leaves_that_action_its_effect(
+    call: Any, fails: bool, world: World
+) -> None:
+    """A saga of its own inside of an action: after each of its calls the effect is the action's again."""
+    names: list[str] = []
+
+    async def note() -> None:
+        effect = current_effect()
+        assert effect is not None
+        names.append(effect.name)
+
+    async def action() -> None:
+        async with open_saga() as scope:
+            await note()
+            with suppress(Boom):
+                await call(scope, world, "a", before=note, after=Boom() if fails else None)
+            await note()
+
+    await Saga([Step(action)])()
+    assert names == ["action", "a", "action"]
+
+
 async def test_a_cancelled_block_is_taken_back(world: World) -> None:
     """G8: a scope around a block of open_saga is cancelled between two calls."""
     with CancelScope() as scope_around:
@@ -1260,5 +1483,5 @@ async def test_g7_a_save_point_that_ends_after_its_saga(world: World) -> None:
 
     with pytest.raises(ScopeBusy):
         await function()
-    with pytest.raises(ScopeClosed, match="ended after its scope"):
+    with pytest.raises(ScopeClosed, match="'nested' of saga 'function' ended after its scope"):
         await held[0].__aexit__(None, None, None)

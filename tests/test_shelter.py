@@ -206,7 +206,7 @@ async def test_g9_a_child_cancelled_in_its_work(  # noqa: D103
 
 
 class Replacing:
-    """Awaits something; a cancellation that reaches it becomes another exception: as from a signal."""
+    """Awaits something; the first cancellation that reaches it becomes another exception, as from a signal."""
 
     def __init__(self, awaitable: Awaitable[object], error: BaseException) -> None:
         self.awaitable = awaitable
@@ -219,8 +219,9 @@ class Replacing:
             try:
                 try:
                     sent = yield yielded
-                except asyncio.CancelledError:
-                    yielded = iterator.throw(self.error)
+                except asyncio.CancelledError as cancelled:
+                    first, self.error = self.error, cancelled
+                    yielded = iterator.throw(first)
                 else:
                     yielded = iterator.send(sent)
             except StopIteration as stop:
@@ -246,6 +247,29 @@ async def test_g9_an_order_to_quit_reaches_the_waiting_task(order: type[BaseExce
     await task
     assert returned == [quitting]
     assert work.ended == 1
+
+
+@on_asyncio_only
+@pytest.mark.parametrize("order", [KeyboardInterrupt, SystemExit])
+async def test_g8_g9_an_order_to_quit_goes_over_a_cancellation_that_comes_after_it(
+    order: type[BaseException],
+) -> None:
+    """Of two interruptions of the task that waits, the order to quit is handed back."""
+    work = Held()
+    quitting = order()
+    returned = []
+
+    async def caller() -> None:
+        returned.append(await Replacing(shelter(work), quitting))
+
+    task = asyncio.create_task(caller())
+    await work.begun.wait()
+    for _ in range(2):
+        task.cancel()
+        await all_blocked()
+    work.go_on.set()
+    await task
+    assert returned == [quitting]
 
 
 async def test_call_sheltered_gives_the_result() -> None:

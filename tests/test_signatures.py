@@ -9,11 +9,13 @@ import pytest
 from pysagas._signatures import (
     call_problem,
     compensation_problem,
+    fits,
     has_coroutine_code,
     is_async,
     is_coroutine_function,
     name_of,
     takes,
+    takes_positional,
 )
 
 
@@ -167,6 +169,46 @@ def test_takes(function, counts):
     assert counts == {count for count in range(4) if takes(function, count)}
 
 
+def test_takes_positional():
+    """Whether a function has room for a scope is known; where it is not, it is taken to have."""
+    assert [True, True, True] == [*map(takes_positional, (keyword_needed, any_number, Unreadable()))]
+    assert not takes_positional(nothing)
+    assert not takes_positional(lambda *, key, **more: None)
+
+
+def generator(x):
+    yield x  # pragma: no cover - never run
+
+
+async def async_generator(x):
+    yield x  # pragma: no cover - never run
+
+
+@pytest.mark.parametrize(
+    ("functions", "count", "expected"),
+    [
+        ((two, None, None), 2, True),
+        ((two, None, None), 1, False),
+        ((one_or_two, None, None), 1, True),
+        ((two, two, sync_function), 2, True),
+        ((two, any_number, len), 2, True),
+        ((two, sync_function, None), 2, False),
+        ((two, None, two), 2, False),
+        ((keyword_offered, None, None), 1, True),
+        ((keyword_needed, None, None), 1, False),
+        ((sync_function, keyword_needed, None), 1, False),
+        ((generator, None, None), 1, False),
+        ((async_generator, None, None), 1, False),
+        ((sync_function, generator, None), 1, False),
+        ((sync_function, None, partial(generator)), 1, False),
+        ((3, None, None), 1, False),
+    ],
+)
+def test_fits(functions, count, expected):
+    """A step fits if its action and compensation take so many arguments, its undo one, and none yields."""
+    assert expected is fits(*functions, count)
+
+
 def test_call_problem():
     """What is wrong with a call is said in Python's own words."""
     assert call_problem(two, (1,), {"y": 2}) is None
@@ -214,6 +256,9 @@ def test_compensation_that_fits(action, compensation):
         (keyword_offered, sync_function, "got an unexpected keyword argument 'key'"),
         (keyword_needed, sync_function, "got an unexpected keyword argument 'key'"),
         (nothing, keyword_needed, "missing a required"),
+        (two, Service().start, "too many positional arguments"),
+        (Service().start, two, "missing a required argument: 'y'"),
+        (sync_function, keyword_needed, "missing a required"),
     ],
 )
 def test_compensation_that_does_not_fit(action, compensation, problem):
@@ -240,3 +285,5 @@ def test_a_decorated_function_is_what_it_takes_itself():
     assert compensation_problem(nothing, anything) is None
     assert compensation_problem(anything, nothing) is None
     assert compensation_problem(nothing, only_one) is not None
+    assert call_problem(only_one, (1,), {}) is None
+    assert call_problem(only_one, (1, 2), {}) is not None
