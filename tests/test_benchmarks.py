@@ -134,3 +134,72 @@ def test_exploration_prints_a_table(monkeypatch, capsys):
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["asyncio", "trio"]
+
+
+durable = importlib.import_module("durable")
+JOURNAL_CASES = [durable.Case(1, 4, 1), durable.Case(3, 2, 100), durable.Case(2, 3, 100, grouped=True)]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("case", JOURNAL_CASES, ids=lambda case: case.label)
+async def test_the_journal_is_measured_by_runs_that_it_records(tmp_path, case):
+    """What is measured leaves all its runs in the file, each step with its start and its result."""
+    async with durable.ours(tmp_path) as prepare:
+        go = prepare(case)
+        await go()
+        await go()  # what is prepared can be run again
+
+    async with durable.SQLiteJournal(tmp_path / "journal-FULL.db") as journal:
+        runs = await journal.runs(state=durable.RunState.COMPLETED)
+        assert len(runs) == 2 * case.runs
+        for run_id in (info.run_id for info in runs):
+            kinds = Counter(event.kind.value for event in await journal.history(run_id))
+            assert kinds == {"started": case.steps, "done": case.steps}
+
+
+@pytest.mark.anyio
+async def test_the_journal_is_measured_beside_rows_that_are_written(tmp_path):
+    """The raw limit writes the rows it counts, and each round has a speed of ours and one of it."""
+    with durable.raw(tmp_path) as limits:
+        assert limits.rows_a_second(7, 3) > 0
+        ((written,),) = limits.connection.execute("SELECT count(*) FROM events")
+        assert written == 21
+        async with durable.ours(tmp_path) as prepare:
+            rows = await durable.measure("a loop", "pysagas", prepare, limits, JOURNAL_CASES, 2, 10)
+    assert [row.case for row in rows] == [case.label for case in JOURNAL_CASES]
+    assert all(len(row.ratios) == 2 for row in rows)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("backend", run.LOOPS)
+def test_recovery_is_measured_on_runs_that_a_killed_process_left(
+    tmp_path, backend, capsys, monkeypatch
+):
+    """The script recovers what it left, and reports everything that it measured."""
+    monkeypatch.setattr(durable, "missing", "{} is away".format)
+    results = durable.main(
+        ["--quick", "--repeats", "1", "--backend", backend, "--folder", str(tmp_path)]
+        + ["--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "report.md")]
+    )
+
+    assert [one.runs for one in results.recoveries] == [10, 20, 10]
+    assert all(one.seconds > 0 for one in results.recoveries)
+    assert all(size > 0 for size in results.bytes_a_step.values())
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Left out: DBOS: dbos is away" in report
+    assert report in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["fsync_us"] > 0
+
+
+def test_goals_of_the_journal_are_judged():
+    """A goal is met, missed, or unclear where only the upper quartile reaches it."""
+    row = durable.Row("trio", "case", "pysagas", [100.0, 300.0, 300.0], "1 a commit", [1000.0] * 3)
+    verdicts = []
+    for goal in (None, 0.3, 0.31, 0.9):
+        row.goal = goal
+        verdicts.append(durable._met(row, 6_000))
+    assert verdicts == ["", "yes", "**no**", "**no**"]
+    row.goal, row.goal_a_second, row.steps_a_second = 0.3, 250, [100.0, 240.0, 400.0]
+    assert durable._met(row, 6_000) == "unclear; unclear"
+    assert durable._met(row, 4_000) == "not judged: a slow disk"
+    assert durable._goal(row) == "≥ 0.3; 250/s"
