@@ -10,7 +10,16 @@ import nox
 nox.options.default_venv_backend = "venv"
 # Whoever has one Python runs the tests on that one; a missing one is said, and is no failure.
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "tests", "lowest", "coverage", "docs", "build"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "lowest",
+    "coverage",
+    "coverage_report",
+    "docs",
+    "build",
+]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)
@@ -27,14 +36,14 @@ def install(session: nox.Session, group: str, *more: str) -> None:
 def tests(session: nox.Session) -> None:
     """Runs the tests, each on every loop, with the newest libraries."""
     install(session, "tests", ".")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-q", "--numprocesses=2", *session.posargs)
 
 
 @nox.session(python=OLDEST)
 def lowest(session: nox.Session) -> None:
     """Runs the tests with the oldest AnyIO that is supported."""
     install(session, "tests", ".", f"anyio=={LOWEST_ANYIO}.*")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-q", "--numprocesses=2", *session.posargs)
 
 
 @nox.session
@@ -60,7 +69,6 @@ def coverage(session: nox.Session) -> None:
     """Runs the tests under coverage."""
     install(session, "tests", "-e", ".", *nox.project.dependency_groups(PROJECT, "coverage"))
     session.run("coverage", "run", f"--data-file=.coverage.{session.python}", "-m", "pytest", "-q")
-    session.notify("coverage_report")
 
 
 @nox.session
