@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,7 @@ __all__ = [
     "encode_error",
     "encode_result",
     "return_type",
+    "text_of",
 ]
 
 
@@ -97,9 +98,9 @@ def _return_type(function: Any) -> Any:
         return function
     kind = _hints(function).get("return", Any)
     # A sync function that returns a coroutine says so.
-    origin = typing.get_origin(kind)
+    origin = typing.get_origin(kind) or kind
     if inspect.isclass(origin) and issubclass(origin, Awaitable):
-        return typing.get_args(kind)[-1]
+        return (Any, *typing.get_args(kind))[-1]
     return type(None) if kind is None else kind
 
 
@@ -158,7 +159,8 @@ def encode_arguments(
             "msgspec structs, or give the journal a codec"
         ) from error
     back = decode_arguments(codec, data, function, place)
-    if back != (args, dict(kwargs)):
+    pairs = [*zip(args, back[0], strict=True), *((kwargs[name], back[1][name]) for name in kwargs)]
+    if any(type(one) is not type(other) or one != other for one, other in pairs):
         raise NotRecordable(
             f"{place}: its arguments {args!r}, {dict(kwargs)!r} would come back as {back[0]!r}, "
             f"{back[1]!r}; annotate the parameters with the types that they have"
@@ -184,7 +186,7 @@ def decode_arguments(
     hints: Mapping[str, Any] = {} if function is None else _hints(function)
     by_position: list[Any] = []
     rest: Any = Any
-    for parameter in () if function is None else inspect.signature(function).parameters.values():
+    for parameter in _parameters(function):
         kind = hints.get(parameter.name, Any)
         if parameter.kind is parameter.VAR_POSITIONAL:
             rest = kind
@@ -205,6 +207,13 @@ def decode_arguments(
         ) from error
 
 
+def _parameters(function: Any) -> Iterable[inspect.Parameter]:
+    try:
+        return () if function is None else inspect.signature(function).parameters.values()
+    except ValueError:  # some of those written in C do not say
+        return ()
+
+
 def _typed(codec: Codec, value: object, kind: Any) -> Any:
     return value if kind is Any else codec.decode(codec.encode(value), kind)
 
@@ -217,7 +226,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     kind = type(error)
     recorded: dict[str, Any] = {
         "type": f"{kind.__module__}:{kind.__qualname__}",
-        "text": str(error),
+        "text": text_of(error),
         "notes": list(getattr(error, "__notes__", ())),
     }
     if isinstance(error, BaseExceptionGroup):
@@ -234,6 +243,14 @@ def encode_error(error: BaseException) -> dict[str, Any]:
         recorded["args"] = list(error.args)
         recorded["fields"] = fields
     return recorded
+
+
+def text_of(error: BaseException) -> str:
+    """Gives what an exception says, if it can say it."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"<its text cannot be made: {failure!r}>"
 
 
 def _comes_back(value: object) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["Event", "EventKind", "RunInfo", "RunState", "relevant"]
+__all__ = ["BACK", "Event", "EventKind", "Path", "RunInfo", "RunState", "below", "relevant"]
+
+Path = tuple[int, ...]
 
 
 class EventKind(Enum):
@@ -18,6 +20,10 @@ class EventKind(Enum):
     """It returned; the data is its result."""
     FAILED = "failed"
     """It raised; the data is the state in which that left the step, and the exception."""
+    CUT_OFF = "cut off"
+    """It was cancelled where it had done nothing, or had returned; the data is the state of the step."""
+    JOINED = "joined"
+    """All members of a group have ended well, and no cancellation cut that off."""
     COMMITTED = "committed"
     """The point of no return was passed."""
     ROLLBACK = "rollback"
@@ -30,6 +36,9 @@ class EventKind(Enum):
     """It raised; the data is the exception."""
     RETRY = "retry"
     """A failed run is tried again, from what then still holds of its history."""
+
+
+BACK = {EventKind.COMPENSATING, EventKind.COMPENSATED, EventKind.NOT_COMPENSATED}
 
 
 class RunState(Enum):
@@ -87,14 +96,19 @@ class RunInfo(NamedTuple):
     alive: bool
 
 
-def relevant(events: Iterable[Event]) -> list[Event]:
+def relevant(events: Iterable[Event]) -> tuple[list[Event], set[Path]]:
     """Gives what of a history still holds: all of it, unless the run was tried again.
 
     A run that failed past its commit is tried again from there, since what came after was taken
     back. One that failed in its rollback goes on with that: what could not be taken back, counts
     as not tried.
+
+    Returns:
+        The events that are to be replayed; and the places that were taken back after one that could
+        not be: that one is tried again before them, so they are met out of their order.
     """
     history: list[Event] = []
+    settled: set[Path] = set()
     for event in events:
         if event.kind is not EventKind.RETRY:
             history.append(event)
@@ -102,12 +116,39 @@ def relevant(events: Iterable[Event]) -> list[Event]:
         commits = [i for i, known in enumerate(history) if known.kind is EventKind.COMMITTED]
         if commits:
             del history[commits[-1] + 1 :]
-            continue
-        done = {known.path for known in history if known.kind is EventKind.COMPENSATED}
-        history = [
-            known
-            for known in history
-            if known.kind not in (EventKind.COMPENSATING, EventKind.NOT_COMPENSATED)
-            or known.path in done
-        ]
-    return history
+            settled.clear()
+        else:
+            history = _to_retry(history, settled)
+    return history, settled
+
+
+def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
+    """Leaves out what could not be taken back, and all that was taken back after it."""
+    done = {event.path for event in history if event.kind is EventKind.COMPENSATED}
+    kept: list[Event] = []
+    # The places of the rollbacks that have begun, and of those in which something failed.
+    begun: list[Path] = []
+    failed: list[Path] = []
+    for event in history:
+        path = event.path
+        if event.kind is EventKind.ROLLBACK:
+            begun.append(path)
+            # One around a rollback that failed came of that.
+            if any(below(other, path) for other in failed):
+                failed.append(path)
+                continue
+        elif event.kind in BACK:
+            if path not in done:
+                failed.append(next(place for place in reversed(begun) if below(path, place)))
+                continue
+            if any(below(path, place) for place in failed):
+                settled.add(path)
+                continue
+        kept.append(event)
+    # A member of a group may have begun before that, and ended after it.
+    return [event for event in kept if event.kind not in BACK or event.path not in settled]
+
+
+def below(path: Path, place: Path) -> bool:
+    """Tells whether a path is that of a place, or of something in it."""
+    return path[: len(place)] == place

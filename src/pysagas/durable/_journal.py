@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import anyio
 
 from pysagas import (
+    AlreadyCommitted,
     Bound,
     CompensationFailed,
     Outcome,
@@ -144,13 +146,10 @@ class _Recorder:
 
     async def flush(self) -> None:
         await self._journal._flush()
+        self._journal._check_whole(self._key)
 
     async def reopen(self) -> None:
         await self._journal._reopen(self._key)
-
-    async def close(self, *, restored: bool) -> None:
-        state = RunState.COMPENSATED if restored else RunState.FAILED
-        await self._journal._end(self._key, Ending(state, b"", None))
 
 
 class Journal(ABC):
@@ -205,15 +204,22 @@ class Journal(ABC):
             NotRecordable: The arguments cannot be recorded. Nothing has run.
             JournalError: The journal cannot be read or written. What had run is taken back.
         """
-        place = f"journal.run of saga {saga.name!r}"
+        place = _check_run(saga, run_id, exceptions)
+        _check_on_crash("run", on_crash)
         data = encode_arguments(self._codec, args, kwargs, _function_of(saga), place)
         saga.check_call(args, kwargs, "{}.run")
         with self._hold(run_id):
             claim = await self._claim(run_id, saga.name, saga.version, data, time.time())
             if claim.ending is not None:
                 return await self._recall(claim, run_id, saga, exceptions)
-            history = [] if claim.is_new else relevant(await self._load(claim.key))
-            return await self._go(claim, run_id, saga, (args, kwargs), history, exceptions, on_crash)
+            events: list[Event] = []
+            if not claim.is_new:
+                async with self._released_if_it_fails(claim.key):
+                    stored = await self._stored(run_id)
+                    assert stored is not None
+                    self._arguments(stored, saga)
+                    events = await self._load(claim.key)
+            return await self._go(claim, run_id, saga, (args, kwargs), events, exceptions, on_crash)
 
     async def recover(
         self,
@@ -237,6 +243,9 @@ class Journal(ABC):
         Raises:
             JournalError: The journal cannot be read.
         """
+        _check_on_crash("recover", on_crash)
+        if limit < 1:
+            raise ValueError(f"journal.recover: limit must be at least 1, not {limit!r}")
         known = _by_name(sagas)
         unfinished = await self._unfinished()
         results: dict[int, Recovered | None] = {}
@@ -281,6 +290,7 @@ class Journal(ABC):
             BaseException: As for `run`.
             JournalError: There is no such run, or it has not failed.
         """
+        _check_run(saga, run_id, exceptions, "retry")
         with self._hold(run_id):
             stored = await self._stored(run_id)
             if stored is None or stored.state is not RunState.FAILED:
@@ -288,11 +298,12 @@ class Journal(ABC):
                 raise JournalError(f"run {run_id!r} {state}; only a failed run can be tried again")
             call = self._arguments(stored, saga)
             claim = await self._claim(run_id, saga.name, stored.version, stored.args, time.time())
-            await self._reopen(claim.key)
-            retry = Event(EventKind.RETRY, (), saga.name, b"", time.time())
-            self._append(claim.key, retry)
-            history = relevant(await self._load(claim.key))
-            return await self._go(claim, run_id, saga, call, history, exceptions, "rollback")
+            async with self._released_if_it_fails(claim.key):
+                await self._reopen(claim.key)
+                retry = Event(EventKind.RETRY, (), saga.name, b"", time.time())
+                self._append(claim.key, retry)
+                events = await self._load(claim.key)
+            return await self._go(claim, run_id, saga, call, events, exceptions, "rollback")
 
     async def runs(self, *, state: RunState | None = None) -> list[RunInfo]:
         """Lists the runs, the oldest first; all, or those that stand so."""
@@ -324,6 +335,16 @@ class Journal(ABC):
 
     def _hold(self, run_id: str) -> _Hold:
         return _Hold(self._in_hand, run_id)
+
+    @asynccontextmanager
+    async def _released_if_it_fails(self, key: int) -> AsyncGenerator[None]:
+        """Lets a run go that has been taken into hand, if it cannot be gone on with."""
+        try:
+            yield
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._release(key)
+            raise
 
     def _arguments(self, stored: Stored, saga: AnySaga) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the arguments of a recorded run.
@@ -360,8 +381,9 @@ class Journal(ABC):
                 )
                 if claim.ending is not None:
                     return result(claim.ending.state)  # somebody else was quicker
-                history = relevant(await self._load(claim.key))
-                outcome = await self._go(claim, stored.run_id, saga, call, history, (), on_crash)
+                async with self._released_if_it_fails(claim.key):
+                    events = await self._load(claim.key)
+                outcome = await self._go(claim, stored.run_id, saga, call, events, (), on_crash)
                 return result(STATES[outcome.state], outcome, outcome.error)
         except RunInProgress:
             return None
@@ -380,7 +402,7 @@ class Journal(ABC):
         run_id: str,
         saga: Saga[..., T],
         call: tuple[tuple[Any, ...], Mapping[str, Any]],
-        history: list[Event],
+        events: list[Event],
         exceptions: Any,
         on_crash: OnCrash,
     ) -> Outcome[T]:
@@ -389,7 +411,7 @@ class Journal(ABC):
             _Recorder(self, claim.key),
             self._codec,
             saga.name,
-            history,
+            *relevant(events),
             value_type=_value_type(saga),
             recovering=not claim.is_new,
             resume=on_crash == "resume",
@@ -408,7 +430,30 @@ class Journal(ABC):
                 raise _taken_back(run_id, outcome_of(error)) from None
             raise
         await self._ended(claim, middleware, outcome, outcome.error)
-        return outcome
+        if outcome.state is not SagaState.COMPLETED:
+            return outcome
+        later = partial(self._taken_back_later, claim.key, middleware, outcome)
+        return Outcome(outcome._run, outcome.state, outcome._value, None, later)
+
+    async def _taken_back_later(
+        self, key: int, middleware: RunMiddleware, outcome: Outcome[T]
+    ) -> Outcome[T]:
+        """Takes back a run that had completed, and records how that ends."""
+        later: Outcome[Any] | None = None
+        try:
+            later = await outcome.rollback()
+        except BaseException as error:
+            later = outcome_of(error)
+            raise
+        finally:
+            if middleware.reopened:
+                middleware.reopened = False
+                with anyio.CancelScope(shield=True):
+                    if later is None or middleware.broken is not None:
+                        await self._release(key)
+                    else:
+                        await self._end(key, Ending(STATES[later.state], b"", None))
+        return cast("Outcome[T]", later)
 
     async def _ended(
         self,
@@ -425,7 +470,19 @@ class Journal(ABC):
         value = middleware.value if error is None else b""
         recorded = None if error is None else encode_error(error)
         with anyio.CancelScope(shield=True):
-            await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
+            try:
+                await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
+            except JournalError as failure:
+                middleware.ended, middleware.broken = False, failure
+                try:
+                    if error is None:
+                        await outcome.rollback()
+                except AlreadyCommitted:
+                    pass  # the next process goes on to its end
+                finally:
+                    await self._release(claim.key)
+                if error is None or isinstance(error, Exception):
+                    raise
 
     async def _recall(
         self, claim: Claim, run_id: str, saga: Saga[..., T], exceptions: Any
@@ -437,7 +494,7 @@ class Journal(ABC):
         run = _Recorded(saga.name, run_id, reports)
         state = SagaState[ending.state.name]
         if state is SagaState.COMPLETED:
-            return Outcome(run, state, self._codec.decode(ending.value, _value_type(saga)), None)
+            return Outcome(run, state, self._value(ending.value, saga, run_id), None)
         if ending.error is None:
             return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
         error = decode_error(ending.error)
@@ -454,6 +511,17 @@ class Journal(ABC):
         if state is SagaState.COMPENSATED and _all_expected(error, expected):
             return outcome
         raise error
+
+    def _value(self, data: bytes, saga: AnySaga, run_id: str) -> Any:
+        kind = _value_type(saga)
+        try:
+            return self._codec.decode(data, kind)
+        except Exception as error:
+            raise SagaChanged(
+                f"the recorded value of run {run_id!r} of saga {saga.name!r}, "
+                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
+                "the saga returns changed since?"
+            ) from error
 
     # --- storage -------------------------------------------------------------------------------
 
@@ -486,6 +554,13 @@ class Journal(ABC):
 
         Raises:
             JournalError: It could not be written.
+        """
+
+    def _check_whole(self, key: int) -> None:  # noqa: B027 - most storages have nothing to say
+        """Makes sure that nothing was lost of what was appended to a run, and flushed.
+
+        Raises:
+            JournalError: Something was.
         """
 
     @abstractmethod
@@ -551,6 +626,25 @@ def _taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
     error = RunInterrupted(f"the process of run {run_id!r} died, and the run has been taken back")
     error.outcome = outcome
     return error
+
+
+def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run") -> str:
+    """Refuses what cannot work before it is recorded; gives the place for messages."""
+    if not isinstance(saga, Saga):
+        raise TypeError(f"journal.{call}: it takes a saga, not {saga!r}")
+    place = f"journal.{call} of saga {saga.name!r}"
+    if not isinstance(run_id, str) or not run_id:
+        raise ValueError(f"{place}: run_id must be a string that is not empty, not {run_id!r}")
+    for kind in _types(exceptions):
+        given: object = kind
+        if not (isinstance(given, type) and issubclass(given, Exception)):
+            raise TypeError(f"{place}: exceptions must be exception types, and hold {given!r}")
+    return place
+
+
+def _check_on_crash(call: str, on_crash: object) -> None:
+    if on_crash not in ("rollback", "resume"):
+        raise ValueError(f'journal.{call}: on_crash must be "rollback" or "resume", not {on_crash!r}')
 
 
 def _leaves(error: BaseException) -> Iterable[BaseException]:
@@ -630,7 +724,8 @@ def _function_of(part: Any) -> Callable[..., Any] | None:
 def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
     """Gives the reports of the steps of a run that has ended, from its history."""
     reports: dict[tuple[int, ...], StepReport] = {}
-    for kind, path, name, data, _ in relevant(events):
+    history, settled = relevant(events)
+    for kind, path, name, data, _ in history:
         known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
         match kind:
             case EventKind.STARTED:
@@ -642,6 +737,8 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
                 failure = json.loads(data)
                 state = StepState(failure["state"])
                 reports[path] = known._replace(state=state, error=decode_error(failure["error"]))
+            case EventKind.CUT_OFF:
+                reports[path] = known._replace(state=StepState(data.decode()))
             case EventKind.COMPENSATED:
                 reports[path] = known._replace(state=StepState.COMPENSATED)
             case EventKind.COMPENSATING:
@@ -650,4 +747,6 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
                 reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
             case _:
                 pass
+    for path in settled:
+        reports[path] = reports[path]._replace(state=StepState.COMPENSATED)
     return tuple(reports[path] for path in sorted(reports))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Self
+from typing import Any, Self
 
 from anyio.lowlevel import checkpoint
 
@@ -14,7 +15,7 @@ from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, RunInfo, RunState
 from ._journal import Claim, Ending, Journal, Stored
 
-__all__ = ["MemoryJournal", "other_run"]
+__all__ = ["MemoryJournal", "in_words", "other_run"]
 
 
 @dataclass
@@ -88,6 +89,8 @@ class MemoryJournal(Journal):
 
     async def _reopen(self, key: int) -> None:
         run = self._runs[key]
+        if run.ending is None:
+            raise RunInProgress(f"run {run.stored.run_id!r} is under way")
         run.ending, run.ended, run.held = None, None, True
         run.stored = run.stored._replace(state=RunState.RUNNING)
 
@@ -107,7 +110,7 @@ class MemoryJournal(Journal):
                 run.stored.state,
                 run.started,
                 run.ended,
-                run.ending.error["text"] if run.ending is not None and run.ending.error else None,
+                in_words(run.ending.error) if run.ending is not None and run.ending.error else None,
                 run.held,
             )
             for run in self._runs.values()
@@ -130,6 +133,12 @@ class MemoryJournal(Journal):
         for key in gone:
             del self._runs[key]
         return len(gone)
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """Says what a recorded exception was, in a line."""
+    name = error["type"].rpartition(":")[2]
+    return f"{name}: {error['text']}" if error["text"] else name
 
 
 def other_run(stored: Stored, saga: str, args: bytes) -> str | None:

@@ -8,6 +8,7 @@ The rules. The history is a list of events; a cursor says how far it is replayed
 - An effect whose history ends *parks*, until all of the history has been replayed: a group may hold
   one branch in doubt and another that is two steps ahead. Only then does anything run. So as long
   as a replay can still find out that this is another saga, nothing has been touched.
+- Where all branches wait, and the next event is in none of them, the saga is another one.
 - When all is replayed, parked branches go on, or are interrupted: then the engine's own rollback
   takes over, whose compensations are effects like others, replayed or run.
 - Where the history says that a rollback began, what is parked below it was cancelled then, and is
@@ -22,30 +23,42 @@ What this must not know: how events are stored, or what a step is.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 import anyio
+import anyio.lowlevel
 
 from pysagas import CallNext, Effect, StepInHand, StepState
 
-from ._codec import Codec, decode_error, encode_error, encode_result, return_type
+from ._codec import Codec, decode_error, encode_error, encode_result, return_type, text_of
 from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
-from ._events import Event, EventKind
+from ._events import BACK, Event, EventKind, Path, below
 
 __all__ = ["Recorder", "RunMiddleware"]
 
-Path = tuple[int, ...]
-
-FORWARD = {EventKind.STARTED, EventKind.DONE, EventKind.FAILED, EventKind.COMMITTED}
-BACK = {EventKind.COMPENSATING, EventKind.COMPENSATED, EventKind.NOT_COMPENSATED}
+FORWARD = {
+    EventKind.STARTED,
+    EventKind.DONE,
+    EventKind.FAILED,
+    EventKind.CUT_OFF,
+    EventKind.JOINED,
+    EventKind.COMMITTED,
+}
 # By which of its effects an event is met.
 MET_BY = {
     **dict.fromkeys(FORWARD - {EventKind.COMMITTED}, "action"),
     **dict.fromkeys(BACK, "compensation"),
+    EventKind.JOINED: "group",
     EventKind.COMMITTED: "commit",
     EventKind.ROLLBACK: "rollback",
 }
+
+
+# How often the event loop goes round before a standstill is believed. Members of a group need one or
+# two to come, and one to go.
+ROUNDS = 20
 
 
 class Recorder(Protocol):
@@ -67,14 +80,6 @@ class Recorder(Protocol):
         """Takes up a run again that had ended, to be taken back."""
         ...
 
-    async def close(self, *, restored: bool) -> None:
-        """Ends that."""
-        ...
-
-
-def _below(path: Path, place: Path) -> bool:
-    return path[: len(place)] == place
-
 
 class RunMiddleware:
     """The outermost middleware of one run."""
@@ -85,6 +90,7 @@ class RunMiddleware:
         codec: Codec,
         saga: str,
         history: list[Event],
+        settled: set[Path],
         *,
         value_type: Any,
         recovering: bool,
@@ -94,6 +100,8 @@ class RunMiddleware:
         self._codec = codec
         self._saga = saga
         self._history = history
+        # What was taken back before the run was tried again, and stands in no order with the rest.
+        self._settled = settled
         self._resume = resume
         self._value_type = value_type
         # What the saga returned, in bytes.
@@ -104,6 +112,14 @@ class RunMiddleware:
         for index, event in enumerate(history):
             self._known.setdefault((MET_BY[event.kind], event.path), []).append(index)
         self._groups: set[Path] = set()
+        # The run itself, and the members that are under way; and what waits in them (on the way back
+        # that may be several), each with the place where a cancellation may end that, or None.
+        self._branches: set[Path] = {()}
+        self._waiting: dict[Path, list[Path | None]] = {}
+        # Counts what happens, so that a standstill is noticed.
+        self._ticks = 0
+        # Set when an effect is met.
+        self._met = anyio.Event()
         # Who waits: for its turn, by index; for the end of the history, by path.
         self._turns: dict[int, anyio.Event] = {}
         self._parked: dict[tuple[str, Path], anyio.Event] = {}
@@ -114,7 +130,8 @@ class RunMiddleware:
         # Why nothing more is recorded, though the run goes on.
         self.broken: JournalError | None = None
         self.ended = False
-        self._restored = True
+        # Whether it was taken up again after that, to be taken back.
+        self.reopened = False
         # The last exception of an action, for people.
         self._last_error = ""
         # A native cancellation that came during the replay, to be raised at its end.
@@ -128,6 +145,22 @@ class RunMiddleware:
         """Replays an effect, or runs and records it."""
         if self.abandoned is not None:
             raise self.abandoned
+        path = effect.path
+        if self._cursor < len(self._history) and path[:-1] in self._groups and path:
+            self._ticks += 1
+            self._branches.add(path)
+            try:
+                return await self._handle(effect, call_next)
+            except BaseException:
+                await self._hold_back(effect)
+                raise
+            finally:
+                self._ticks += 1
+                self._branches.discard(path)
+                self._wake_if_rolled_back()
+        return await self._handle(effect, call_next)
+
+    async def _handle(self, effect: Effect, call_next: CallNext) -> object:
         match effect.kind:
             case "action":
                 assert call_next.step is not None
@@ -150,6 +183,11 @@ class RunMiddleware:
         except Exception:
             self._check_over(effect)
             raise
+        if effect.kind == "group":
+            self._check_over(effect, but=EventKind.JOINED)
+            if not await self._meet(effect):
+                await self._go_forward(effect)
+                self._append(EventKind.JOINED, effect)
         self._check_over(effect)
         if not effect.path:
             if self._left():
@@ -158,16 +196,18 @@ class RunMiddleware:
                 raise self.interrupted  # or somebody has swallowed it
             if self._late is not None:
                 raise self._late
+            if self.broken is not None:
+                raise self.broken  # what is on disk is not what the caller would be told
             place = f"saga {self._saga!r}"
             self.value = encode_result(self._codec, result, self._value_type, place)
         return result
 
-    def _check_over(self, effect: Effect) -> None:
+    def _check_over(self, effect: Effect, *, but: EventKind | None = None) -> None:
         """Refuses to end something of which there is history left."""
         if self.abandoned is not None:
             raise self.abandoned
         for event in self._left():
-            if event.kind in FORWARD and _below(event.path, effect.path):
+            if event.kind in FORWARD - {but} and below(event.path, effect.path):
                 self._refuse(event, f"{effect.kind} {effect.name!r} at {effect.path} ends without it")
 
     # --- replay ----------------------------------------------------------------------------------
@@ -175,13 +215,14 @@ class RunMiddleware:
     def _left(self) -> list[Event]:
         return self._history[self._cursor :]
 
-    async def _turn(self, index: int) -> None:
+    async def _turn(self, index: int, effect: Effect) -> None:
         """Waits for an event's turn, and takes it."""
         while self._cursor < index and self.abandoned is None:
             turn = self._turns[index] = anyio.Event()
+            self._wake_if_rolled_back()
             with anyio.CancelScope(shield=True):
                 try:
-                    await turn.wait()
+                    await self._wait(turn, effect, None)
                 except anyio.get_cancelled_exc_class() as error:
                     self._late = error  # a native one: no shield keeps it away
         if self.abandoned is not None:
@@ -189,16 +230,84 @@ class RunMiddleware:
         self._cursor = index + 1
         self._moved_on()
 
-    async def _meet(self, effect: Effect) -> Event | None:
-        """Takes the events of an effect, each in its turn; gives the last, None where there is none."""
+    async def _hold_back(self, effect: Effect) -> None:
+        """Lets all members of a group begin that had begun, before one of them fails.
+
+        After a failure none does; and a replay is faster than what it replays.
+        """
+        while self.abandoned is None and self._is_awaited(effect.path[:-1]):
+            if self._met.is_set():
+                self._met = anyio.Event()
+            with anyio.CancelScope(shield=True):
+                try:
+                    await self._wait(self._met, effect, None)
+                except anyio.get_cancelled_exc_class() as error:
+                    self._late = error
+
+    def _is_awaited(self, group: Path) -> bool:
+        """Tells whether something of a group is about to come that has not been met."""
+        for event in self._left():
+            if event.kind not in FORWARD:
+                return False
+            if below(event.path, group) and (MET_BY[event.kind], event.path) in self._known:
+                return True
+        return False
+
+    async def _meet(self, effect: Effect) -> list[Event]:
+        """Takes the events of an effect, each in its turn, and gives them."""
         indexes = self._known.pop((effect.kind, effect.path), [])
+        self._met.set()
         for index in indexes:
             if self._history[index].name != effect.name:
                 self._refuse(self._history[index], f"{effect.name!r} is there now")
         self._check_place(effect, indexes[0] if indexes else len(self._history))
         for index in indexes:
-            await self._turn(index)
-        return self._history[indexes[-1]] if indexes else None
+            await self._turn(index, effect)
+        return [self._history[index] for index in indexes]
+
+    async def _wait(self, event: anyio.Event, effect: Effect, place: Path | None) -> None:
+        """Waits; or finds that all of the run waits, and for somebody who is not there any more."""
+        with self._counted(effect, place):
+            await self._watch()
+            await event.wait()
+
+    @contextmanager
+    def _counted(self, effect: Effect, place: Path | None) -> Generator[None]:
+        """Notes that a branch waits."""
+        branch = max((one for one in self._branches if below(effect.path, one)), key=len)
+        places = self._waiting.setdefault(branch, [])
+        places.append(place)
+        self._ticks += 1
+        try:
+            yield
+        finally:
+            places.remove(place)
+
+    def _is_waiting(self, branch: Path) -> bool:
+        """Tells whether a branch waits, or has members that are under way."""
+        return bool(self._waiting.get(branch)) or any(
+            below(other, branch) and other != branch for other in self._branches
+        )
+
+    async def _watch(self) -> None:
+        """Gives the others of the run time to come, and refuses the saga if nobody does."""
+        ticks, cursor = self._ticks, self._cursor
+        for _ in range(ROUNDS):
+            if (ticks, cursor) != (self._ticks, self._cursor) or not self._stands_still():
+                return
+            await anyio.lowlevel.checkpoint()
+        self._refuse(self._history[self._cursor], "nothing comes to it any more")
+
+    def _stands_still(self) -> bool:
+        """Tells whether each branch waits, for its turn, for its members, or parked out of the way.
+
+        One that is parked on the way to the next event may yet be cancelled by the saga itself.
+        """
+        coming = self._history[self._cursor].path
+        places = [place for waiting in self._waiting.values() for place in waiting if place is not None]
+        return all(map(self._is_waiting, self._branches)) and all(
+            self._apart(place, coming) for place in places
+        )
 
     def _moved_on(self) -> None:
         """Wakes who was waiting for the cursor to come here."""
@@ -213,6 +322,11 @@ class RunMiddleware:
         if not self._resume and not committed:
             self._interrupt()
         self._wake_parked()
+
+    def _wake_if_rolled_back(self) -> None:
+        for event in self._left()[:1]:
+            if event.kind is EventKind.ROLLBACK:
+                self._wake_parked()
 
     def _wake_parked(self) -> None:
         for event in self._parked.values():
@@ -237,13 +351,13 @@ class RunMiddleware:
     def abandon(self, error: BaseException) -> NoReturn:
         """Lets nothing more happen in this run; raises the error wherever something would."""
         self.abandoned = error
-        for event in (*self._turns.values(), *self._parked.values()):
+        for event in (self._met, *self._turns.values(), *self._parked.values()):
             event.set()
         raise error
 
     def _check_place(self, effect: Effect, index: int) -> None:
         """Refuses an effect while history is left that comes before it, in the same branch."""
-        kinds = FORWARD if effect.kind in ("action", "commit") else FORWARD | BACK
+        kinds = FORWARD if effect.kind in ("action", "group", "commit") else FORWARD | BACK
         if index < len(self._history):
             kinds = FORWARD | BACK
         for event in self._history[self._cursor : index]:
@@ -265,15 +379,15 @@ class RunMiddleware:
             Interrupted: Forward work must not start, or be started again.
         """
         key = (effect.kind, effect.path)
+        place = effect.path if forward else None
+        self._wake_if_rolled_back()
         while self._cursor < len(self._history):
-            if forward and self._was_rolled_back(effect.path):
-                # A sibling that failed in this instant cancels this one: that comes first.
-                await anyio.lowlevel.checkpoint()
-                self._interrupt()
-                break
             waiting = self._parked[key] = anyio.Event()
             try:
-                await waiting.wait()
+                if forward and self._was_rolled_back(effect.path) and await self._is_quiet(effect):
+                    self._interrupt()
+                    break
+                await self._wait(waiting, effect, place)
             finally:
                 del self._parked[key]
             if self.abandoned is not None:
@@ -281,34 +395,52 @@ class RunMiddleware:
         if forward and self.interrupted is not None:
             raise self.interrupted
 
+    async def _is_quiet(self, effect: Effect) -> bool:
+        """Tells whether all of the run waits; a sibling that still fails will cancel this one itself."""
+        with self._counted(effect, effect.path):
+            ticks = self._ticks
+            for _ in range(ROUNDS):
+                await anyio.lowlevel.checkpoint()
+                if ticks != self._ticks:
+                    ticks = self._ticks
+                    await anyio.lowlevel.checkpoint()
+                if not all(map(self._is_waiting, self._branches)):
+                    return False
+        return True
+
     def _was_rolled_back(self, path: Path) -> bool:
         """Tells whether the history has come to a rollback of this place, after which nothing began."""
         event, *later = self._left()
         return (
             event.kind is EventKind.ROLLBACK
-            and _below(path, event.path)
+            and below(path, event.path)
             and not any(
-                other.kind is EventKind.STARTED and not _below(other.path, event.path)
-                for other in later
+                other.kind is EventKind.STARTED and not below(other.path, event.path) for other in later
             )
         )
 
     # --- actions and commits -----------------------------------------------------------------------
 
     async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
-        last = await self._meet(effect)
-        if last is not None and last.kind is not EventKind.STARTED:
+        events = await self._meet(effect)
+        last = events[-1] if events else None
+        if last is not None and last.kind in (EventKind.DONE, EventKind.FAILED):
             return self._recall(effect, step, last)
+        if last is not None and len(events) > 1 and events[-2].kind is EventKind.DONE:
+            result = self._recall(effect, step, events[-2])
+            await self._go_forward(effect)
+            return result
         try:
             await self._go_forward(effect)
         except BaseException as error:
             if last is not None:
-                step.recall(StepState.UNKNOWN, error=error)
+                started = last.kind is EventKind.STARTED
+                state = StepState.UNKNOWN if started else StepState(last.data.decode())
+                step.recall(state, error=error)
             raise
-        if last is not None:
+        if last is not None and last.kind is EventKind.STARTED:
             # It runs again; and whatever comes of that, it may have had its effect before.
             step.recall(StepState.UNKNOWN, error=self._in_doubt())
-        await self._record(EventKind.STARTED, effect)
         return await self._run_action(effect, call_next, step)
 
     async def _go_forward(self, effect: Effect) -> None:
@@ -353,9 +485,10 @@ class RunMiddleware:
 
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         try:
+            await self._record(EventKind.STARTED, effect)
             result = await call_next()
         except BaseException as error:
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._last_error = f"{type(error).__name__}: {text_of(error)}"
             with suppress(NotRecordable):  # then it stays in doubt
                 done = step.state is StepState.COMPLETED
                 result = self._encode(effect, step, step.result) if done else b""
@@ -367,9 +500,12 @@ class RunMiddleware:
                         "error": encode_error(error),
                     }
                     self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
-                elif done:
-                    # A cancellation is no result; but the action had returned before.
-                    self._append(EventKind.DONE, effect, result)
+                elif step.state is not StepState.UNKNOWN:
+                    # A cancellation is no result; but the action had returned before, or this step
+                    # is not in doubt, and will not be compensated.
+                    if done:
+                        self._append(EventKind.DONE, effect, result)
+                    self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
             raise
         self._append(EventKind.DONE, effect, self._encode(effect, step, result))
         return result
@@ -379,32 +515,35 @@ class RunMiddleware:
         return encode_result(self._codec, result, return_type(step.action), place)
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
-        if await self._meet(effect) is None:
+        late: BaseException | None = None
+        if not await self._meet(effect):
             await self._go_forward(effect)
-            await self._record(EventKind.COMMITTED, effect)
-        return await call_next()
+            late = await self._record_surely(EventKind.COMMITTED, effect)
+        result = await call_next()
+        if late is not None:
+            raise late
+        return result
 
     # --- the way back --------------------------------------------------------------------------------
 
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
-        if await self._meet(effect) is None:
+        if not await self._meet(effect):
             await self._park(effect, forward=False)
-            if self.ended:
-                await self._recorder.reopen()
+            if self.ended and not self.reopened:
+                with anyio.CancelScope(shield=True):  # from the time limit of the rollback
+                    await self._recorder.reopen()
+                self.reopened = True
             self._append(EventKind.ROLLBACK, effect, self._last_error.encode())
-        try:
-            return await call_next()
-        finally:
-            if self.ended:
-                await self._recorder.close(restored=self._restored)
+        return await call_next()
 
     async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
-        last = await self._meet(effect)
-        if last is not None and last.kind is EventKind.COMPENSATED:
+        if effect.path in self._settled:
             return None
-        if last is not None and last.kind is EventKind.NOT_COMPENSATED:
-            self._restored = False
-            raise decode_error(json.loads(last.data))
+        for last in (await self._meet(effect))[-1:]:
+            if last.kind is EventKind.COMPENSATED:
+                return None
+            if last.kind is EventKind.NOT_COMPENSATED:
+                raise decode_error(json.loads(last.data))
         # Not begun; or in doubt, and then it runs again.
         await self._park(effect, forward=False)
         with suppress(JournalError):  # it has to run, recorded or not; recovery will run it again
@@ -412,7 +551,6 @@ class RunMiddleware:
         try:
             result = await call_next()
         except BaseException as error:
-            self._restored = False
             if isinstance(error, Exception):
                 data = json.dumps(encode_error(error)).encode()
                 self._append(EventKind.NOT_COMPENSATED, effect, data)
@@ -433,6 +571,9 @@ class RunMiddleware:
     async def _record(self, kind: EventKind, effect: Effect) -> None:
         """Records what is about to happen; when this returns, it is on disk, and all before it."""
         self._append(kind, effect)
+        await self._flush()
+
+    async def _flush(self) -> None:
         try:
             if self.broken is None:
                 await self._recorder.flush()
@@ -441,3 +582,21 @@ class RunMiddleware:
             self.broken = error
         if self.broken is not None:
             raise self.broken
+
+    async def _record_surely(self, kind: EventKind, effect: Effect) -> BaseException | None:
+        """As `_record`, but not cut off: a commit of which only the journal knows would be a lie.
+
+        Returns:
+            A native cancellation that came meanwhile.
+        """
+        late: BaseException | None = None
+        self._append(kind, effect)
+        written = False
+        with anyio.CancelScope(shield=True):
+            while not written:
+                try:
+                    await self._flush()
+                    written = True
+                except anyio.get_cancelled_exc_class() as error:
+                    late = error
+        return late

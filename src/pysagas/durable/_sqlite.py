@@ -21,11 +21,13 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast
 from uuid import uuid4
 
+import anyio
+
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Claim, Ending, Journal, Stored
-from ._memory import other_run
+from ._memory import in_words, other_run
 from ._writer import Writer
 
 __all__ = ["SQLiteJournal"]
@@ -113,7 +115,8 @@ class SQLiteJournal(Journal):
             raise ValueError(
                 f'SQLiteJournal: synchronous must be "FULL" or "NORMAL", not {synchronous!r}'
             )
-        self._path = Path(path).absolute()
+        # Resolved, since the owners' files stand beside it, whatever the way by which it is reached.
+        self._path = Path(path).resolve()
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._writer: Writer | None = None
@@ -139,7 +142,7 @@ class SQLiteJournal(Journal):
         writer = Writer(self._connect, self._close, f"journal {self._path}")
         try:
             await writer.start()
-        except JournalError as error:
+        except BaseException as error:
             await writer.stop()
             cause = error.__cause__
             raise (cause if isinstance(cause, JournalError) else error) from None
@@ -166,8 +169,7 @@ class SQLiteJournal(Journal):
         """Opens the file, and makes its tables if it is new; on the writer's thread."""
         problem = f"journal {self._path} cannot be opened"
         try:
-            # So that nobody else can read it, not even for a moment.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            _make_file(self._path)
             connection = sqlite3.connect(
                 self._path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
             )
@@ -277,7 +279,19 @@ class SQLiteJournal(Journal):
             connection.execute("UPDATE runs SET owner = ? WHERE id = ?", (self._owner, key))
             return Claim(key)
 
-        return await self._open().call(claim)
+        writer = self._open()
+        try:
+            return await writer.call(claim)
+        except anyio.get_cancelled_exc_class():
+            # It may have been taken all the same, for nobody.
+            with anyio.CancelScope(shield=True), suppress(JournalError):
+                await writer.call(
+                    lambda connection: connection.execute(
+                        "UPDATE runs SET owner = NULL WHERE run_id = ? AND owner = ?",
+                        (run_id, self._owner),
+                    )
+                )
+            raise
 
     def _is_alive(self, connection: sqlite3.Connection, owner: int) -> bool:
         """Tells whether an owner's process lives; forgets one that does not."""
@@ -287,6 +301,7 @@ class SQLiteJournal(Journal):
     async def _release(self, key: int) -> None:
         self._next_seq.pop(key, None)
         with suppress(JournalError):
+            self._open().forget(key)
             await self._open().call(
                 lambda connection: connection.execute(
                     "UPDATE runs SET owner = NULL WHERE id = ? AND owner = ?", (key, self._owner)
@@ -300,6 +315,7 @@ class SQLiteJournal(Journal):
             ).fetchall()
 
         rows = await self._open().call(load)
+        self._open().forget(key)
         self._next_seq[key] = rows[-1][0] + 1 if rows else 0
         return [_event(*row[1:]) for row in rows]
 
@@ -312,29 +328,42 @@ class SQLiteJournal(Journal):
     async def _flush(self) -> None:
         await self._open().flush()
 
+    def _check_whole(self, key: int) -> None:
+        self._open().check(key)
+
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
-        self._next_seq.pop(key, None)
-        await self._open().call(
-            lambda connection: connection.execute(
+        writer = self._open()
+
+        def end(connection: sqlite3.Connection) -> None:
+            writer.check(key)
+            connection.execute(
                 "UPDATE runs SET state = ?, value = ?, error = ?, ended = ?, owner = NULL WHERE id = ?",
                 (ending.state.value, ending.value, error, time.time(), key),
             )
-        )
+
+        self._next_seq.pop(key, None)
+        await writer.call(end)
 
     async def _reopen(self, key: int) -> None:
         def reopen(connection: sqlite3.Connection) -> int:
-            connection.execute(
+            taken = connection.execute(
                 "UPDATE runs SET state = ?, value = NULL, error = NULL, ended = NULL, owner = ? "
-                "WHERE id = ?",
-                (RunState.RUNNING.value, self._owner, key),
-            )
+                "WHERE id = ? AND state <> ?",
+                (RunState.RUNNING.value, self._owner, key, RunState.RUNNING.value),
+            ).rowcount
+            if not taken:
+                raise RunInProgress(
+                    "this run is under way, or forgotten: somebody else has taken it up, or pruned it"
+                )
             (last,) = connection.execute(
                 "SELECT coalesce(max(seq), -1) FROM events WHERE run = ?", (key,)
             ).fetchone()
             return cast("int", last)
 
-        self._next_seq[key] = await self._open().call(reopen) + 1
+        last = await self._open().call(reopen)
+        self._open().forget(key)
+        self._next_seq[key] = last + 1
 
     async def _unfinished(self) -> list[Stored]:
         def unfinished(connection: sqlite3.Connection) -> list[Stored]:
@@ -376,7 +405,7 @@ class SQLiteJournal(Journal):
                     RunState(state),
                     started,
                     ended,
-                    None if error is None else _in_words(json.loads(error)),
+                    None if error is None else in_words(json.loads(error)),
                     alive.get(owner, False),
                 )
                 for run_id, saga, version, state, started, ended, error, owner in connection.execute(
@@ -426,12 +455,17 @@ def _event(kind: str, path: str, name: str, data: bytes, at: float) -> Event:
     return Event(EventKind(kind), steps, name, data, at)
 
 
-def _in_words(error: dict[str, Any]) -> str:
-    name = error["type"].rpartition(":")[2]
-    return f"{name}: {error['text']}" if error["text"] else name
-
-
 # --- locks ------------------------------------------------------------------------------------------
+
+
+def _make_file(path: Path) -> None:
+    """Makes a file that nobody else can read, not even for a moment, if it is not there.
+
+    One that is there is not touched: to close it would drop all locks that this process has on it,
+    those of another journal on the same file too.
+    """
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _lock_connection(path: Path) -> sqlite3.Connection:
@@ -443,7 +477,7 @@ def _lock_connection(path: Path) -> sqlite3.Connection:
 
 def _take_lock(path: Path) -> sqlite3.Connection:
     """Makes an owner's file, and locks it for as long as the connection, or the process, lives."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    _make_file(path)
     connection = _lock_connection(path)
     connection.execute("BEGIN EXCLUSIVE")
     return connection

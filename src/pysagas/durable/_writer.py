@@ -78,6 +78,8 @@ class Writer:
         self._last = self._next
         self._wanted = threading.Condition()
         self._closing = False
+        # The runs of which rows could not be written, and why. What comes after a gap is not written.
+        self._lost: dict[int, BaseException] = {}
         self._thread = threading.Thread(target=self._work, name="pysagas journal", daemon=True)
         # asyncio and Trio each have one function that a foreign thread may call.
         native: Any = current_token().native_token
@@ -106,7 +108,12 @@ class Writer:
             await anyio.to_thread.run_sync(self._thread.join)
 
     def append(self, row: Row) -> None:
-        """Takes a row for the next batch."""
+        """Takes a row for the next batch.
+
+        Raises:
+            JournalError: An earlier one of its run could not be written.
+        """
+        self.check(row[0])
         with self._wanted:
             self._last = self._next
             self._last.rows.append(row)
@@ -121,6 +128,19 @@ class Writer:
             JournalError: The last of them could not be written.
         """
         await self._written(self._last)
+
+    def check(self, run: int) -> None:
+        """Makes sure that no row of a run was lost, of those that have been waited for.
+
+        Raises:
+            JournalError: One was.
+        """
+        if run in self._lost:
+            raise self._failure(self._lost[run])
+
+    def forget(self, run: int) -> None:
+        """Takes up a run as it is on disk, whatever was lost of it."""
+        self._lost.pop(run, None)
 
     async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Calls a function with the connection, after all rows that were taken; gives its result.
@@ -152,7 +172,15 @@ class Writer:
                 batch.waiting = anyio.Event()
             await batch.waiting.wait()
         if batch.error is not None:
-            raise JournalError(f"{self._place} cannot be written: {batch.error}") from batch.error
+            raise self._failure(batch.error)
+
+    def _failure(self, cause: BaseException) -> JournalError:
+        error = JournalError(
+            f"{self._place} cannot be written: {cause}; when that is mended, recover() goes on from what "
+            "it holds"
+        )
+        error.__cause__ = cause
+        return error
 
     # --- on the thread --------------------------------------------------------------------------
 
@@ -173,7 +201,11 @@ class Writer:
             if connection is None:
                 batch.error = failed
             else:
+                batch.rows = [row for row in batch.rows if row[0] not in self._lost]
                 _write(connection, batch)
+                if batch.error is not None:
+                    for row in batch.rows:
+                        self._lost.setdefault(row[0], batch.error)
             self._wake(batch)
         if connection is not None:
             self._close(connection)

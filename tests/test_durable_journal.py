@@ -1,0 +1,916 @@
+"""Journals: a run id names one run, for good; what died is recovered, what failed is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from anyio import CancelScope, Event, create_task_group, fail_after
+from anyio.lowlevel import checkpoint
+from conftest import ASYNCIO
+from mortal import Boom, Killed, Shop
+
+from pysagas import (
+    AlreadyCommitted,
+    Commit,
+    CompensationFailed,
+    Parallel,
+    Saga,
+    SagaError,
+    SagaScope,
+    SagaState,
+    Step,
+    StepState,
+    outcome_of,
+    saga,
+)
+from pysagas.durable import (
+    EventKind,
+    JournalError,
+    MemoryJournal,
+    NotRecordable,
+    OtherRun,
+    Recovered,
+    RecoveryReport,
+    RunInProgress,
+    RunInterrupted,
+    RunState,
+    SagaChanged,
+    SQLiteJournal,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+class Disk:
+    """Where journals are kept from one process to the next, and a shop beside it."""
+
+    def __init__(self, kind: str, tmp_path: Any) -> None:
+        self.kind = kind
+        self.path = tmp_path / "sagas.db"
+        self.memory = MemoryJournal()
+        self.dead = False
+        # The shop asks this one whether the process is dead.
+        self.shop = Shop(self)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def process(self) -> AsyncIterator[Any]:
+        """A process that has the journal open."""
+        self.dead = False
+        if self.kind == "memory":
+            runs, keys = self.memory._runs, self.memory._keys
+            self.memory = MemoryJournal()
+            self.memory._runs, self.memory._keys = runs, keys
+            self.memory = self.memory.in_next_process()
+            yield self.memory
+        else:
+            async with SQLiteJournal(self.path) as journal:
+                yield journal
+
+    def kill(self, journal: Any) -> None:
+        """From here on, nothing of this process reaches the disk, nor the shop."""
+
+        def dead(*args: object) -> None:
+            raise Killed
+
+        self.dead = True
+        for name in ("_append", "_flush", "_end", "_reopen", "_release"):
+            setattr(journal, name, dead)
+
+    async def killed(self, whole: Saga[..., Any], moment: str, *args: Any, run_id: str = "r") -> None:
+        """A process that dies when the step of this name has begun."""
+        async with self.process() as journal:
+            self.shop.moments[moment] = partial(self.kill, journal)
+            with pytest.raises((Killed, CompensationFailed, BaseExceptionGroup)):
+                await journal.run(whole, *args, run_id=run_id)
+        assert self.dead
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def disk(request, tmp_path):
+    return Disk(request.param, tmp_path)
+
+
+@pytest.fixture
+async def journal(disk):
+    async with disk.process() as journal:
+        yield journal
+
+
+@pytest.fixture
+def shop(disk):
+    return disk.shop
+
+
+def number_saga(shop: Shop) -> Saga[..., Any]:
+    @saga(name="s")
+    async def whole(scope: SagaScope, number: int) -> int:
+        await scope.step(shop.step("a"))
+        return number * 2
+
+    return whole
+
+
+# --- once (D1) --------------------------------------------------------------------------------------
+
+
+async def test_d1_a_second_call_gives_the_recorded_outcome(journal, shop):
+    """A run that has completed is not run again: its value, state and steps are recorded (D1)."""
+    whole = number_saga(shop)
+    first = await journal.run(whole, 21, run_id="r")
+    second = await journal.run(whole, 21, run_id="r")
+
+    assert (42, SagaState.COMPLETED, "s", "r") == (
+        second.value,
+        second.state,
+        second.saga,
+        second.run_id,
+    )
+    assert first.steps == second.steps
+    assert {"a": 1} == shop.begun
+    assert second is await second.rollback()
+
+
+async def test_d1_the_next_process_gives_the_recorded_outcome(disk, shop):
+    """The next process knows it too (D1)."""
+    whole = number_saga(shop)
+    for _ in range(2):
+        async with disk.process() as journal:
+            assert 42 == (await journal.run(whole, 21, run_id="r")).value
+
+    assert {"a": 1} == shop.begun
+
+
+async def test_d1_a_second_call_raises_the_recorded_error(journal, shop):
+    """A run that was taken back raises what it raised, with its outcome (D1)."""
+    whole = Saga([shop.step("a"), shop.step("b", fails=Boom("b"), not_applied=Boom)], name="s")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(Boom, match="^b") as caught:
+            await journal.run(whole, run_id="r")
+        raised.append(caught.value)
+    outcomes = list(map(outcome_of, raised))
+
+    assert {"a": 1, "b": 1} == shop.begun
+    assert [SagaState.COMPENSATED] * 2 == [outcome.state for outcome in outcomes]
+    assert [("a", "COMPENSATED"), ("b", "NOT_APPLIED")] == [
+        (step.name, step.state.name) for step in outcomes[1].steps
+    ]
+    assert type(outcomes[1].steps[1].error) is Boom
+
+
+@pytest.mark.parametrize("where", ["definition", "call", "calls"])
+async def test_d1_a_second_call_honours_the_expected_failures(where, journal, shop):
+    """A failure that the caller expects is an outcome, the second time too; a group by its leaves (D1)."""
+    expected = {"definition": (), "call": Boom, "calls": (OSError, Boom)}[where]
+    whole = Saga(
+        [Parallel(shop.step("a", fails=Boom("a")))],
+        name="s",
+        exceptions=Boom if where == "definition" else (),
+    )
+    outcomes = [await journal.run(whole, run_id="r", exceptions=expected) for _ in range(2)]
+
+    assert [SagaState.COMPENSATED] * 2 == [outcome.state for outcome in outcomes]
+    assert isinstance(outcomes[1].error, ExceptionGroup)
+    if where != "definition":
+        for unexpected in ((), None, OSError):
+            with pytest.raises(ExceptionGroup):
+                await journal.run(whole, run_id="r", exceptions=unexpected)
+
+
+async def test_d1_a_failed_run_is_not_an_expected_failure(journal, shop):
+    """What could not be taken back is raised as CompensationFailed, the second time too (D1)."""
+    whole = Saga([shop.step("a", back_fails=lambda: True), shop.step("b", fails=Boom("b"))], name="s")
+    for _ in range(2):
+        with pytest.raises(CompensationFailed) as caught:
+            await journal.run(whole, run_id="r", exceptions=Exception)
+        outcome = caught.value.outcome
+        assert (SagaState.FAILED, ["-a"]) == (
+            outcome.state,
+            [str(one) for one in caught.value.failures],
+        )
+        assert outcome.error is caught.value
+        assert {"a": StepState.COMPENSATION_FAILED, "b": StepState.COMPENSATED} == {
+            step.name: step.state for step in outcome.steps
+        }
+
+    assert {"a": 1, "b": 1} == shop.begun
+
+
+async def test_d1_a_failure_past_the_commit_is_raised_again(journal, shop):
+    """A run that failed past its commit is FAILED, and raises what it raised (D1)."""
+    whole = Saga([shop.step("a"), Commit(), shop.step("b", fails=Boom("b"))], name="s")
+    for _ in range(2):
+        with pytest.raises(Boom) as caught:
+            await journal.run(whole, run_id="r", exceptions=Boom)
+        assert SagaState.FAILED is outcome_of(caught.value).state
+
+
+async def test_d1_a_run_in_progress_is_refused(journal, shop):
+    """A second call while the first is under way is refused; other ids are not (D1)."""
+    refused = []
+
+    async def again() -> None:
+        for run_id in ("r", "other"):
+            try:
+                await journal.run(number_saga(shop), 1, run_id=run_id)
+            except RunInProgress as error:
+                refused.append(str(error))
+
+    whole = Saga([Step(again, again, name="again")], name="s")
+    await journal.run(whole, run_id="r")
+
+    assert ["run 'r' is under way in this process"] == refused
+
+
+async def test_d1_other_arguments_are_another_run(journal, shop):
+    """An id belongs to one call: another saga, or other arguments, are refused and nothing runs (D1)."""
+    await journal.run(number_saga(shop), 1, run_id="r")
+    with pytest.raises(OtherRun, match=r"recorded are \[\[1\],\{\}\], given \[\[2\],\{\}\]"):
+        await journal.run(number_saga(shop), 2, run_id="r")
+    with pytest.raises(OtherRun, match="given .*number"):
+        await journal.run(number_saga(shop), number=1, run_id="r")
+    with pytest.raises(OtherRun, match="is one of saga 's', not of 'other'"):
+        await journal.run(Saga([shop.step("b")], name="other"), 1, run_id="r")
+
+    assert {"a": 1} == shop.begun
+
+
+async def test_d1_a_call_after_the_process_died_takes_the_run_back(disk, shop):
+    """A call with the id of a run whose process died does what ``recover`` does (D1)."""
+    whole = Saga([shop.step("a"), shop.step("b")], name="s")
+    await disk.killed(whole, "b")
+    async with disk.process() as journal:
+        for _ in range(2):
+            with pytest.raises(RunInterrupted, match="the process of run 'r' died") as caught:
+                await journal.run(whole, run_id="r")
+            outcome = caught.value.outcome
+            assert SagaState.COMPENSATED is outcome.state
+            assert {"a", "b"} == {step.name for step in outcome.steps}
+
+    assert (set(), {"a": 1, "b": 1}) == (shop.there, shop.begun)
+
+
+async def test_d1_a_call_after_the_process_died_goes_on_if_told_to(disk, shop):
+    """With ``on_crash="resume"`` it goes on (D1)."""
+    whole = Saga([shop.step("a"), shop.step("b")], name="s")
+    await disk.killed(whole, "b")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, run_id="r", on_crash="resume")
+
+    assert (SagaState.COMPLETED, {"a", "b"}) == (outcome.state, shop.there)
+
+
+# --- what is refused before anything is recorded ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"run_id": ""}, ValueError, "run_id must be a string that is not empty, not ''"),
+        ({"run_id": 3}, ValueError, "not 3"),
+        ({"exceptions": 3}, TypeError, "must be exception types, and hold 3"),
+        ({"exceptions": KeyboardInterrupt}, TypeError, "exception types"),
+        ({"on_crash": "give up"}, ValueError, "on_crash must be .* not 'give up'"),
+        ({"unknown": 3}, TypeError, "unknown"),
+    ],
+)
+async def test_d1_a_call_that_cannot_work_is_not_recorded(call, error, message, journal, shop):
+    """A wrong option is refused with its name, and there is no such run (D1)."""
+    with pytest.raises(error, match=message):
+        await journal.run(number_saga(shop), 1, **{"run_id": "r", **call})
+
+    assert [] == await journal.runs()
+    assert 2 == (await journal.run(number_saga(shop), 1, run_id="r")).value
+
+
+async def test_what_is_no_saga_is_refused(journal):
+    """A function that is no saga is refused by name."""
+    with pytest.raises(TypeError, match="it takes a saga, not <function"):
+        await journal.run(lambda: None, run_id="r")
+    with pytest.raises(TypeError, match="it takes a saga, not None"):
+        await journal.retry(None, "r")
+    with pytest.raises(TypeError, match="must be a list of sagas, and holds 3"):
+        await journal.recover([3])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [({"limit": 0}, "limit"), ({"on_crash": "x"}, "on_crash")]
+)
+async def test_recover_refuses_what_cannot_work(options, word, journal):
+    """A limit below 1 and an unknown way are refused."""
+    with pytest.raises(ValueError, match=f"journal.recover: {word} must"):
+        await journal.recover([], **options)
+
+
+# --- recover ------------------------------------------------------------------------------------------
+
+
+async def test_recover_finds_nothing(journal):
+    """Where nothing is unfinished, the report is empty, and good."""
+    report = await journal.recover([])
+
+    assert (RecoveryReport(), True) == (report, report.ok)
+
+
+async def test_recover_reports_each_run(disk, shop):
+    """Each unfinished run is in the report where it belongs, in order, with its error."""
+    rolled = Saga([shop.step("a"), shop.step("b")], name="rolled back")
+    stuck = Saga([shop.step("c", back_fails=lambda: True), shop.step("d")], name="stuck")
+    lost = Saga([shop.step("e")], name="lost")
+    await disk.killed(rolled, "b", run_id="1")
+    await disk.killed(stuck, "d", run_id="2")
+    await disk.killed(lost, "e", run_id="3")
+    await disk.killed(rolled, "a", run_id="4")
+    async with disk.process() as journal:
+        await journal.run(number_saga(shop), 1, run_id="ended")
+        report = await journal.recover([rolled, stuck])
+        states = {info.run_id: info.state for info in await journal.runs()}
+
+    assert [("1", RunState.COMPENSATED), ("4", RunState.COMPENSATED)] == [
+        (one.run_id, one.state) for one in report.recovered
+    ]
+    assert all(isinstance(one.error, RunInterrupted) for one in report.recovered)
+    (failed,) = report.failed
+    assert ("2", "stuck", CompensationFailed) == (failed.run_id, failed.saga, type(failed.error))
+    assert SagaState.FAILED is failed.outcome.state
+    (left,) = report.left
+    assert ("3", None) == (left.run_id, left.outcome)
+    assert "run '3' is one of saga 'lost', version None, which was not given" in str(left.error)
+    assert "Given: rolled back, stuck" in str(left.error)
+    assert ((), False) == (report.in_progress, report.ok)
+    assert RunState.RUNNING is states["3"]
+    assert "outcome" not in repr(failed)
+
+
+async def test_recover_without_definitions_says_so(disk, shop):
+    """With no sagas at all, the message says that none was given."""
+    await disk.killed(number_saga(shop), "a", 1)
+    async with disk.process() as journal:
+        report = await journal.recover([])
+
+    assert "Given: none" in str(report.left[0].error)
+
+
+async def test_recover_refuses_two_sagas_of_one_name(journal, shop):
+    """A run finds its saga by name and version, so no two may have the same; the same twice may."""
+    one, other = number_saga(shop), number_saga(shop)
+    with pytest.raises(ValueError, match="two sagas have the name 's' and the version None"):
+        await journal.recover([one, other])
+
+    assert (await journal.recover([one, one])).ok
+
+
+async def test_recover_completes_runs_past_their_commit(disk, shop):
+    """A run that has passed its commit is carried on to its end, and is in the report as completed."""
+    whole = Saga([shop.step("a"), Commit(), shop.step("b")], name="s")
+    await disk.killed(whole, "b")
+    async with disk.process() as journal:
+        (recovered,) = (await journal.recover([whole])).recovered
+
+    assert (RunState.COMPLETED, None) == (recovered.state, recovered.error)
+    assert SagaState.COMPLETED is recovered.outcome.state
+
+
+async def test_recover_takes_expected_failures_for_recovered(disk, shop):
+    """A failure that the saga's definition expects is an outcome, in a recovery as elsewhere."""
+    whole = Saga([shop.step("a"), shop.step("b", fails=Boom("b"))], name="s", exceptions=Boom)
+    await disk.killed(whole, "b")
+    async with disk.process() as journal:
+        (recovered,) = (await journal.recover([whole], on_crash="resume")).recovered
+
+    assert (RunState.COMPENSATED, Boom) == (recovered.state, type(recovered.error))
+
+
+async def test_recover_has_a_limit(disk, shop):
+    """No more runs than told are recovered at once; and all are, in the end."""
+    at_once = most = 0
+
+    async def act() -> None:
+        shop.begin("a")
+
+    async def back() -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        for _ in range(5):
+            await checkpoint()
+        at_once -= 1
+
+    whole = Saga([Step(act, back, name="a")], name="s")
+    for number in range(5):
+        await disk.killed(whole, "a", run_id=str(number))
+    async with disk.process() as journal:
+        report = await journal.recover([whole], limit=2)
+
+    assert (5, 2) == (len(report.recovered), most)
+
+
+async def test_recover_leaves_runs_that_are_under_way(journal, shop):
+    """A run that this process has in hand is not touched, and is in the report by its id."""
+    reports = []
+
+    async def look() -> None:
+        reports.append(await journal.recover([whole]))
+
+    whole = Saga([Step(look, look, name="look")], name="s")
+    await journal.run(whole, run_id="r")
+
+    assert [RecoveryReport(in_progress=("r",))] == reports
+    assert reports[0].ok
+
+
+async def test_recover_leaves_what_cannot_be_called_as_it_was(disk, shop):
+    """A saga that takes other arguments now is another saga: the run is left (D4)."""
+    await disk.killed(number_saga(shop), "a", 1)
+
+    @saga(name="s")
+    async def changed(scope: SagaScope) -> None:
+        raise AssertionError  # pragma: no cover - it cannot be called
+
+    @saga(name="s")
+    async def retyped(scope: SagaScope, number: list[int]) -> None:
+        raise AssertionError  # pragma: no cover - it cannot be called
+
+    async with disk.process() as journal:
+        (one,) = (await journal.recover([changed])).left
+        (other,) = (await journal.recover([retyped])).left
+        assert RunState.RUNNING is (await journal.runs())[0].state
+
+    assert isinstance(one.error, SagaChanged)
+    assert "it cannot be called as it was" in str(one.error)
+    assert isinstance(other.error, NotRecordable)
+    assert "has the type of a parameter changed since?" in str(other.error)
+
+
+async def test_recover_by_somebody_else_in_the_meantime(disk, shop):
+    """A run that somebody else has ended meanwhile counts as recovered, without an outcome."""
+    whole = number_saga(shop)
+    await disk.killed(whole, "a", 1)
+    async with disk.process() as journal:
+        unfinished = await journal._unfinished()
+        assert (await journal.recover([whole])).recovered[0].outcome is not None
+
+        async def stale() -> Any:
+            return unfinished
+
+        journal._unfinished = stale
+        report = await journal.recover([whole])
+
+    assert (Recovered("r", "s", RunState.COMPENSATED),) == report.recovered
+
+
+# --- retry --------------------------------------------------------------------------------------------
+
+
+def stuck_saga(shop: Shop, broken: list[str]) -> Saga[..., Any]:
+    """Cannot take back what is broken."""
+    steps = [shop.step(name, back_fails=lambda name=name: name in broken) for name in "abc"]
+    return Saga([*steps, shop.step("d", fails=Boom("d"))], name="s")
+
+
+@pytest.mark.parametrize("broken", [["a"], ["b"], ["c"], ["a", "b", "c"]], ids="".join)
+async def test_retry_takes_back_what_could_not_be_taken_back(broken, disk, shop):
+    """When its cause is mended, a FAILED run is taken back: each compensation that failed, and only it (D8)."""
+    failing = list(broken)
+    whole = stuck_saga(shop, failing)
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        assert set(broken) == shop.there
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.retry(whole, "r")
+        assert RunState.FAILED is (await journal.runs())[0].state
+    failing.clear()
+    async with disk.process() as journal:
+        before = len(shop.log)
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+        with pytest.raises(Boom) as caught:
+            await journal.run(whole, run_id="r")
+        kinds = [event.kind for event in await journal.history("r")]
+        assert RunState.COMPENSATED is (await journal.runs())[0].state
+
+    assert sorted(f"-{name}" for name in broken) == sorted(shop.log[before:])
+    assert 2 == kinds.count(EventKind.RETRY)
+    assert {StepState.COMPENSATED} == {step.state for step in outcome_of(caught.value).steps}
+    assert dict.fromkeys("abcd", 1) == shop.begun
+
+
+@pytest.mark.parametrize(
+    "broken", [["nested"], ["before"], ["x"], ["y"], ["x", "nested"]], ids="-".join
+)
+async def test_retry_of_nested_rollbacks(broken, disk, shop):
+    """The same for failures in a save-point, in a group, and beside what has been taken back (D8)."""
+    failing = list(broken)
+
+    def step(name: str, **options: Any) -> Step[..., str]:
+        return shop.step(name, back_fails=lambda: name in failing, **options)
+
+    @saga
+    async def branch(scope: SagaScope) -> None:
+        await scope.step(step("before"))
+        async with scope.nested() as nested:
+            await nested.step(step("nested"))
+            await nested.step(step("last", fails=Boom("last")))
+
+    whole = Saga(
+        [shop.step("first"), Parallel(step("x"), branch, step("y"), on_failure="finish")], name="s"
+    )
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        assert set(broken) == shop.there
+    failing.clear()
+    async with disk.process() as journal:
+        with fail_after(10), pytest.raises(ExceptionGroup):
+            await journal.retry(whole, "r")
+
+        assert RunState.COMPENSATED is (await journal.runs())[0].state
+    assert set() == shop.there
+    assert {1} == {
+        shop.log.count(f"-{name}") for name in ("first", "x", "y", "before", "nested", "last")
+    }
+
+
+async def test_retry_that_is_killed_is_recovered(disk, shop):
+    """A retry is a run like others: killed in the middle, it is recovered (D8)."""
+    failing = ["b"]
+    whole = stuck_saga(shop, failing)
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+    failing.clear()
+    async with disk.process() as journal:
+        taking, shop.take = shop.take, lambda name: disk.kill(journal)
+        with pytest.raises((CompensationFailed, Killed)):
+            await journal.retry(whole, "r")
+        shop.take = taking
+    assert {"b"} == shop.there
+    async with disk.process() as journal:
+        assert (await journal.recover([whole])).ok
+
+    assert (set(), 1) == (shop.there, shop.log.count("-a"))
+
+
+async def test_retry_past_the_commit_goes_on_from_there(disk, shop):
+    """A run that failed past its commit is carried on from it: what came after was taken back (D8)."""
+    fails: list[BaseException] = [Boom("c")]
+
+    async def act() -> str:
+        shop.begin("c")
+        if fails:
+            raise fails.pop()
+        shop.put("c")
+        return "done"
+
+    whole = Saga(
+        [shop.step("a"), Commit(), shop.step("b"), Step(act, name="c", not_applied=Boom)], name="s"
+    )
+    async with disk.process() as journal:
+        with pytest.raises(Boom):
+            await journal.run(whole, run_id="r")
+        assert {"a"} == shop.there
+    async with disk.process() as journal:
+        outcome = await journal.retry(whole, "r")
+        again = await journal.run(whole, run_id="r")
+
+    assert (SagaState.COMPLETED, SagaState.COMPLETED) == (outcome.state, again.state)
+    assert ({"a", "b", "c"}, {"a": 1, "b": 2, "c": 2}) == (shop.there, shop.begun)
+
+
+async def test_retry_is_for_failed_runs(journal, shop):
+    """A run that has not failed, that there is not, or that is of another saga is refused."""
+    whole = number_saga(shop)
+    await journal.run(whole, 1, run_id="r")
+    with pytest.raises(JournalError, match="run 'r' is completed; only a failed run"):
+        await journal.retry(whole, "r")
+    with pytest.raises(JournalError, match="run 'x' is not in the journal"):
+        await journal.retry(whole, "x")
+    failing = Saga([shop.step("b"), Commit(), shop.step("c", fails=Boom("c"))], name="failing")
+    with pytest.raises(Boom):
+        await journal.run(failing, run_id="f")
+    with pytest.raises(SagaChanged, match="give the saga of its name and version"):
+        await journal.retry(whole, "f")
+
+    assert RunState.FAILED is (await journal.runs(state=RunState.FAILED))[0].state
+
+
+async def test_retry_by_somebody_else_at_the_same_time(disk, shop):
+    """Of two who try a run again, one is refused, and it is taken back once (D6)."""
+    failing = ["b"]
+    whole = stuck_saga(shop, failing)
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        failing.clear()
+        stored = await journal._stored("r")
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+
+        async def stale(run_id: str) -> Any:
+            return stored
+
+        journal._stored = stale
+        (info,) = await journal.runs()
+        key = 0 if disk.kind == "memory" else 1
+        await journal._reopen(key)  # somebody has it in hand
+        with pytest.raises(RunInProgress):
+            await journal._reopen(key)
+        assert RunState.COMPENSATED is info.state
+
+
+# --- what is listed -----------------------------------------------------------------------------------
+
+
+async def test_runs_and_history(disk, shop):
+    """Runs are listed, the oldest first, with how they stand; a history with what happened (D1)."""
+    before = time.time()
+    whole = number_saga(shop)
+    failing = Saga([shop.step("b", fails=Boom("b"))], name="failing", version="2")
+    silent = Saga([shop.step("d", fails=Boom())], name="silent")
+    await disk.killed(Saga([shop.step("c")], name="killed"), "c", run_id="dead")
+    async with disk.process() as journal:
+        await journal.run(whole, 1, run_id="1")
+        for run_id, one in (("2", failing), ("3", silent)):
+            with pytest.raises(Boom):
+                await journal.run(one, run_id=run_id)
+        infos = await journal.runs()
+        compensated = await journal.runs(state=RunState.COMPENSATED)
+        events = await journal.history("1")
+        with pytest.raises(JournalError, match="run 'none' is not in the journal"):
+            await journal.history("none")
+
+    assert [
+        ("dead", "killed", None, RunState.RUNNING, False),
+        ("1", "s", None, RunState.COMPLETED, False),
+        ("2", "failing", "2", RunState.COMPENSATED, False),
+        ("3", "silent", None, RunState.COMPENSATED, False),
+    ] == [(info.run_id, info.saga, info.version, info.state, info.alive) for info in infos]
+    assert infos[2:] == compensated
+    assert [None, None, "Boom: b", "Boom"] == [info.error for info in infos]
+    for info in infos:
+        assert before <= info.started <= (info.ended or info.started) <= time.time()
+    assert (None, True) == (infos[0].ended, all(info.ended for info in infos[1:]))
+    assert [(EventKind.STARTED, (0,), "a", b""), (EventKind.DONE, (0,), "a", b'"result of a"')] == [
+        event[:4] for event in events
+    ]
+    assert all(before <= event.at <= time.time() for event in events)
+
+
+async def test_a_run_under_way_is_alive(journal, shop):
+    """A run that a process has in hand is alive."""
+    seen = []
+
+    async def look() -> None:
+        seen.extend(await journal.runs())
+
+    await journal.run(Saga([Step(look, name="look")], name="s"), run_id="r")
+
+    assert [(RunState.RUNNING, True)] == [(info.state, info.alive) for info in seen]
+
+
+async def test_prune_forgets_what_has_ended_well(disk, shop):
+    """What completed or was taken back before a time is forgotten; what failed or has not ended is not."""
+    whole = number_saga(shop)
+    await disk.killed(whole, "a", 1, run_id="dead")
+    async with disk.process() as journal:
+        await journal.run(whole, 1, run_id="old")
+        with pytest.raises(Boom):
+            await journal.run(Saga([shop.step("b", fails=Boom())], name="b"), run_id="taken back")
+        with pytest.raises(Boom):
+            await journal.run(Saga([Commit(), shop.step("b", fails=Boom())], name="b"), run_id="failed")
+        between = time.time()
+        assert 0 == await journal.prune(before=0)
+        while time.time() <= between:
+            await checkpoint()
+        await journal.run(whole, 1, run_id="new")
+
+        assert 2 == await journal.prune(before=(between + time.time()) / 2)
+        assert ["dead", "failed", "new"] == [info.run_id for info in await journal.runs()]
+        assert 2 == (await journal.run(whole, 1, run_id="old")).value
+        with pytest.raises(JournalError):
+            await journal.history("taken back")
+
+    assert 4 == shop.begun["a"]
+
+
+# --- Outcome.rollback -----------------------------------------------------------------------------------
+
+
+async def test_a_completed_run_is_taken_back_and_recorded(journal, shop):
+    """``Outcome.rollback()`` takes a journaled run back, once, and the journal knows (D1)."""
+    whole = Saga([shop.step("a", undo=True), shop.step("b")], name="s")
+    outcome = await journal.run(whole, run_id="r")
+    later = await outcome.rollback()
+    again = await outcome.rollback()
+    recalled = await journal.run(whole, run_id="r")
+
+    assert later is again
+    assert [SagaState.COMPLETED, SagaState.COMPENSATED, SagaState.COMPENSATED] == [
+        outcome.state,
+        later.state,
+        recalled.state,
+    ]
+    assert (set(), RunState.COMPENSATED) == (shop.there, (await journal.runs())[0].state)
+    assert {StepState.COMPENSATED} == {step.state for step in recalled.steps}
+    with pytest.raises(SagaError, match="taken back"):
+        _ = recalled.value
+
+
+async def test_a_run_past_its_commit_cannot_be_taken_back(journal, shop):
+    """``Outcome.rollback()`` after a commit is an error, and the run stays completed (D1)."""
+    outcome = await journal.run(Saga([shop.step("a"), Commit()], name="s"), run_id="r")
+    with pytest.raises(AlreadyCommitted):
+        await outcome.rollback()
+
+    assert RunState.COMPLETED is (await journal.runs())[0].state
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_a_run_that_could_not_be_taken_back_later_is_failed(limited, journal, shop):
+    """A later rollback that fails, or has no time to begin, leaves the run FAILED, to be retried (D8)."""
+    failing = ["a"]
+    whole = Saga(
+        [shop.step("a", back_fails=lambda: "a" in failing and not limited), shop.step("b")],
+        name="s",
+        rollback_timeout=0 if limited else None,
+    )
+    outcome = await journal.run(whole, run_id="r")
+    with pytest.raises(CompensationFailed):
+        await outcome.rollback()
+    assert RunState.FAILED is (await journal.runs())[0].state
+    failing.clear()
+    unlimited = Saga([shop.step("a"), shop.step("b")], name="s")
+    with pytest.raises(RunInterrupted):
+        await journal.retry(unlimited, "r")
+
+    assert (set(), RunState.COMPENSATED) == (shop.there, (await journal.runs())[0].state)
+
+
+async def test_killed_in_the_middle_of_a_later_rollback(disk, shop):
+    """A process that dies while it takes back a completed run is followed by one that ends that (D3)."""
+    whole = Saga([shop.step("a"), shop.step("b"), shop.step("c")], name="s")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, run_id="r")
+        taking = shop.take
+
+        def take(name: str) -> None:
+            taking(name)
+            if name == "b":
+                disk.kill(journal)
+
+        shop.take = take
+        with pytest.raises((Killed, CompensationFailed)):
+            await outcome.rollback()
+        shop.take = taking
+    assert {"a"} == shop.there
+    async with disk.process() as journal:
+        report = await journal.recover([whole], on_crash="resume")
+
+    assert (True, set(), 1) == (report.ok, shop.there, shop.log.count("-c"))
+    assert [RunState.COMPENSATED] == [one.state for one in report.recovered]
+
+
+# --- cancellation ---------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_run_is_taken_back_and_recorded(journal, shop):
+    """A cancelled run is COMPENSATED; who calls it again is told that it was taken back (D1)."""
+    whole = Saga([shop.step("a"), shop.step("b", (5, 0))], name="s")
+    with CancelScope() as scope:
+        shop.moments["b"] = scope.cancel
+        await journal.run(whole, run_id="r")
+
+    assert scope.cancelled_caught
+    assert (set(), RunState.COMPENSATED) == (shop.there, (await journal.runs())[0].state)
+    with pytest.raises(RunInterrupted):
+        await journal.run(whole, run_id="r")
+
+
+@pytest.mark.parametrize("call", ["run", "recover"])
+async def test_a_call_that_was_cancelled_before_it_began_leaves_nothing_in_hand(call, disk, shop):
+    """Cancelled while the journal is asked, nothing has run, and another process may go on (D6)."""
+    whole = number_saga(shop)
+    if call == "recover":
+        await disk.killed(whole, "a", 1)
+    async with disk.process() as journal:
+        with CancelScope() as scope:
+            scope.cancel()
+            if call == "run":
+                await journal.run(whole, 1, run_id="r")
+            else:
+                await journal.recover([whole])
+        infos = await journal.runs()
+        assert not any(info.alive for info in infos)
+        report = await journal.recover([whole])
+
+        assert (True, ()) == (report.ok, report.in_progress)
+    assert set() == shop.there
+
+
+async def test_a_retry_that_was_cancelled_before_it_began_can_be_recovered(disk, shop):
+    """Cancelled while the journal is asked, a retry leaves nothing in hand either (D8)."""
+    failing = ["b"]
+    whole = stuck_saga(shop, failing)
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        failing.clear()
+        reopen = journal._reopen
+
+        async def cancelled(key: int) -> None:
+            await reopen(key)
+            scope.cancel()
+            await checkpoint()
+
+        journal._reopen = cancelled
+        with CancelScope() as scope:
+            await journal.retry(whole, "r")
+        assert [False] == [info.alive for info in await journal.runs()]
+        # It was not on its way yet, so it failed as before; and can be tried again.
+        assert ["r"] == [one.run_id for one in (await journal.recover([whole])).failed]
+        with pytest.raises(Boom):
+            journal._reopen = reopen
+            await journal.retry(whole, "r")
+
+    assert set() == shop.there
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("rounds", range(12))
+async def test_a_call_that_is_cancelled_natively_leaves_nothing_in_hand(rounds, disk, shop):
+    """The same for ``task.cancel()``, whenever it comes (D6)."""
+    whole = number_saga(shop)
+    async with disk.process() as journal:
+        task = asyncio.ensure_future(journal.run(whole, 1, run_id="r"))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        infos = await journal.runs()
+        assert not any(info.alive for info in infos)
+        await journal.recover([whole])
+        states = [info.state for info in await journal.runs()]
+
+    assert {RunState.COMPENSATED, RunState.COMPLETED} >= set(states)
+    assert shop.there == ({"a"} if RunState.COMPLETED in states else set())
+
+
+async def test_a_cancelled_recovery_leaves_runs_that_can_be_recovered(disk, shop):
+    """A recovery that is cancelled ends the rollbacks that it has begun, and loses no run (D3)."""
+    whole = Saga([shop.step("a"), shop.step("b")], name="s")
+    for number in range(3):
+        await disk.killed(whole, "b", run_id=str(number))
+    async with disk.process() as journal:
+        with CancelScope() as scope:
+            taking = shop.take
+
+            def take(name: str) -> None:
+                scope.cancel()
+                taking(name)
+
+            shop.take = take
+            await journal.recover([whole], limit=1)
+        assert scope.cancel_called
+        states = [info.state for info in await journal.runs()]
+        assert not any(info.alive for info in await journal.runs())
+        assert (await journal.recover([whole])).ok
+        later = [info.state for info in await journal.runs()]
+
+    assert RunState.COMPENSATED is states[0]
+    assert RunState.RUNNING in states
+    assert [RunState.COMPENSATED] * 3 == later
+
+
+async def test_runs_at_the_same_time_do_not_meet(journal, shop):
+    """Many runs of one journal at the same time are each their own (D6)."""
+    gate = Event()
+    outcomes = {}
+
+    @saga(name="s")
+    async def whole(scope: SagaScope, number: int) -> int:
+        await scope.step(lambda: gate.wait())
+        return number
+
+    async def one(number: int) -> None:
+        outcomes[number] = (await journal.run(whole, number, run_id=str(number))).value
+
+    async def wait(awaitable: Awaitable[object]) -> None:
+        await awaitable
+
+    with fail_after(10):
+        async with create_task_group() as tasks:
+            for number in range(20):
+                tasks.start_soon(one, number)
+            while sum(info.alive for info in await journal.runs()) < 20:
+                await checkpoint()
+            gate.set()
+
+    assert {number: number for number in range(20)} == outcomes

@@ -1,0 +1,1263 @@
+"""What is replayed: killed at any boundary, and killed again there, a run ends as it should (D3, D4)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
+from anyio.lowlevel import checkpoint
+from conftest import ASYNCIO, BACKENDS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mortal import Boom, Killed, MortalJournal, Shop, problems_of
+
+from pysagas import (
+    Commit,
+    CompensationFailed,
+    Outcome,
+    Parallel,
+    Saga,
+    SagaScope,
+    SagaState,
+    Step,
+    StepState,
+    current_effect,
+    saga,
+)
+from pysagas.durable import (
+    EventKind,
+    Interrupted,
+    RecordedError,
+    RecoveryReport,
+    RunInterrupted,
+    RunState,
+    SagaChanged,
+)
+
+DEEP = os.environ.get("PYSAGAS_PROFILE") == "deep"
+# Of two deaths in a row, of which we take each how many-th first and second; in a deep test, all.
+EVERY = 1 if DEEP else 5
+ENOUGH = 5  # seconds, within which what hangs is found to hang
+
+Build = Callable[[Shop], Saga[..., Any]]
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+def sequence(shop: Shop) -> Saga[..., Any]:
+    return Saga([shop.step("a"), shop.step("b", undo=True), shop.step("c")], name="s")
+
+
+def failing_sequence(shop: Shop) -> Saga[..., Any]:
+    parts = [shop.step("a"), shop.step("b", undo=True), shop.step("c", fails=Boom("c"))]
+    return Saga(parts, name="s")
+
+
+def inner_sagas(shop: Shop) -> Saga[..., Any]:
+    inner = Saga([shop.step("b"), Saga([shop.step("c")])])
+    return Saga([shop.step("a"), inner, shop.step("d", fails=Boom("d"))], name="s")
+
+
+def group_with_limit(shop: Shop) -> Saga[..., Any]:
+    members = [
+        shop.step("b", (4, 1)),
+        Saga([shop.step("c"), shop.step("d", undo=True)]),
+        shop.step("e", (0, 3), shield=True),
+    ]
+    return Saga([shop.step("a"), Parallel(*members, limit=2), shop.step("f")], name="s")
+
+
+def one_behind(shop: Shop) -> Saga[..., Any]:
+    """One branch in doubt, and another that is two steps ahead."""
+    ahead = Saga([shop.step("b"), shop.step("c"), shop.step("d"), shop.step("e")])
+    return Saga([Parallel(shop.step("a", (14, 1)), ahead), shop.step("f")], name="s")
+
+
+def failing_group(shop: Shop, on_failure: Any = "cancel") -> Saga[..., Any]:
+    members = [
+        shop.step("b", (9, 9)),
+        Saga([shop.step("c"), shop.step("d", fails=Boom("d"))]),
+        shop.step("e", (0, 5), shield=True),
+    ]
+    return Saga([shop.step("a"), Parallel(*members, on_failure=on_failure)], name="s")
+
+
+def failing_group_that_finishes(shop: Shop) -> Saga[..., Any]:
+    return failing_group(shop, "finish")
+
+
+def group_in_a_group(shop: Shop) -> Saga[..., Any]:
+    inner = Parallel(shop.step("b"), shop.step("c", (3, 0)), name="inner")
+    outer = Parallel(Saga([inner, shop.step("d")]), shop.step("e", (2, 2)), name="outer")
+    return Saga([outer, shop.step("f", fails=Boom("f"))], name="s")
+
+
+def failing_before_others_begin(shop: Shop) -> Saga[..., Any]:
+    """A member fails so soon that in a replay, which is faster, the others would not begin."""
+    fails = [shop.step(name, (0, 0), fails=Boom(name)) for name in "bc"]
+    late = Parallel(shop.step("d", (0, 0)), Parallel(shop.step("e", (0, 0))))
+    return Saga([shop.step("a", (0, 0)), Parallel(*fails, late)], name="s")
+
+
+def passing_commit(shop: Shop) -> Saga[..., Any]:
+    return Saga([shop.step("a"), Commit(), shop.step("b"), shop.step("c")], name="s")
+
+
+def failing_past_commit(shop: Shop) -> Saga[..., Any]:
+    parts = [shop.step("a"), Commit(), shop.step("b"), shop.step("c", fails=Boom("c"))]
+    return Saga(parts, name="s")
+
+
+def function(shop: Shop, *, fails: bool = False) -> Saga[..., Any]:
+    """A loop, an if, a failure that is caught, a nested scope."""
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> str:
+        for turn in range(2):
+            result = await scope.step(shop.step(f"turn {turn}", undo=True))
+        if result == "result of turn 1":
+            try:
+                await scope.step(shop.step("refused", fails=Boom("refused")))
+            except Boom:
+                scope.on_rollback(shop.take, "noted")
+        try:
+            async with scope.nested() as nested:
+                await nested.step(shop.step("extra"))
+                await nested.step(shop.step("too much", fails=Boom("too much")))
+        except Boom:
+            await scope.step(shop.step("instead", fails=Boom("instead") if fails else None))
+        return "value"
+
+    return whole
+
+
+def failing_function(shop: Shop) -> Saga[..., Any]:
+    return function(shop, fails=True)
+
+
+def branches(shop: Shop, *, fails: bool = False) -> Saga[..., Any]:
+    """Members that are functions, one of which takes another way than it began."""
+
+    @saga
+    async def detour(scope: SagaScope, number: int) -> int:
+        try:
+            async with scope.nested() as nested:
+                await nested.step(shop.step("nested"))
+                await nested.step(shop.step("caught", fails=Boom("caught")))
+        except Boom:
+            await scope.step(shop.step("instead"))
+        return number
+
+    @saga
+    async def straight(scope: SagaScope) -> None:
+        await scope.step(shop.step("straight", (6, 1)))
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> str:
+        results = await scope.parallel(detour.bind(1), straight.bind(), shop.step("member").bind())
+        assert results == (1, None, "result of member")
+        await scope.step(shop.step("last", fails=Boom("last") if fails else None))
+        return "value"
+
+    return whole
+
+
+def failing_branches(shop: Shop) -> Saga[..., Any]:
+    return branches(shop, fails=True)
+
+
+def committing_function(shop: Shop) -> Saga[..., Any]:
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        await scope.commit()
+        for name in "bc":
+            try:
+                await scope.step(shop.step(name, fails=Boom(name) if name == "b" else None))
+            except Boom:
+                await scope.step(shop.step("d"))
+
+    return whole
+
+
+def with_time_limit(shop: Shop) -> Saga[..., Any]:
+    """A time limit of the function's own cuts a step off, and it goes another way."""
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        with move_on_after(0):
+            await scope.step(shop.step("too slow"))
+        await scope.step(shop.step("b"))
+
+    return whole
+
+
+SHAPES: list[Build] = [
+    sequence,
+    failing_sequence,
+    inner_sagas,
+    group_with_limit,
+    one_behind,
+    failing_group,
+    failing_group_that_finishes,
+    group_in_a_group,
+    failing_before_others_begin,
+    passing_commit,
+    failing_past_commit,
+    function,
+    failing_function,
+    branches,
+    failing_branches,
+    committing_function,
+    with_time_limit,
+]
+
+
+# --- lives and deaths -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Death:
+    """When a process dies, and whether it loses what it did not wait for; never, for None."""
+
+    at: int | None = None
+    loses: bool = False
+
+
+async def first_life(shop: Shop, whole: Saga[..., Any]) -> None:
+    """The process in which the run starts."""
+    try:
+        await shop.journal.run(whole, run_id="r", exceptions=Exception)
+    except (CompensationFailed, Boom, Killed, BaseExceptionGroup):
+        pass  # where it died, what comes out is of no interest; and a failure past the commit is raised
+
+
+async def recover(shop: Shop, whole: Saga[..., Any], on_crash: Any) -> RecoveryReport | None:
+    """A process that recovers; None where it died of that."""
+    try:
+        return await shop.journal.recover([whole], on_crash=on_crash)
+    except BaseException:
+        assert shop.journal.dead
+        return None
+
+
+async def lived(build: Build, deaths: tuple[Death, ...], on_crash: Any, prepare: Any) -> Shop:
+    """One process after the other, each killed as told, and one that is let live."""
+    shop = Shop()
+    whole = build(shop)
+    first, *later = deaths
+    with fail_after(ENOUGH):
+        shop.journal.dies_at, shop.journal.loses = first.at, first.loses
+        await prepare(shop, whole)
+        for death in later:
+            shop.journal = shop.journal.next_process(death.at, loses=death.loses)
+            await recover(shop, whole, on_crash)
+        if not shop.journal.dead and not later:
+            return shop
+        last = shop.journal
+        shop.journal = last.next_process()
+        report = await recover(shop, whole, on_crash)
+    assert report is not None
+    assert (report.left, report.in_progress) == ((), ())
+    shop.journal.at_stake = last.at_stake
+    shop.journal.dead = last.dead
+    return shop
+
+
+async def state_of(shop: Shop) -> RunState:
+    (info,) = await shop.journal.runs()
+    return info.state
+
+
+async def check(shop: Shop, clean: Shop, note: str) -> None:
+    """Either all is as it was before the run; or the run has ended as it does undisturbed."""
+    state = await state_of(shop)
+    expected = set() if state is RunState.COMPENSATED else clean.there
+    states = {RunState.COMPENSATED, await state_of(clean)}
+    events = [(event.kind.value, event.path, event.name) for event in shop.journal.events()]
+    found = (shop.there, state in states, problems_of(shop, shop.journal.events()))
+    assert found == (expected, True, []), (note, state, shop.log, events)
+
+
+async def deaths_of(build: Build, on_crash: Any, prepare: Any, before: tuple[Death, ...], check: Any):
+    """Kills one more process at each of its boundaries, with and without what it did not wait for.
+
+    Yields each death of which there is another process to be killed.
+    """
+    every = EVERY if before else 1
+    at = before[0].at % every if before else 0
+    while True:
+        death = Death(at)
+        shop = await lived(build, (*before, death), on_crash, prepare)
+        if not shop.journal.dead:
+            return
+        await check(shop, (*before, death))
+        yield death
+        if shop.journal.at_stake:
+            death = Death(at, loses=True)
+            await check(await lived(build, (*before, death), on_crash, prepare), (*before, death))
+            yield death
+        at += every
+
+
+def checked_against(clean: Shop, build: Build, on_crash: str) -> Any:
+    async def checked(shop: Shop, deaths: tuple[Death, ...]) -> None:
+        await check(shop, clean, f"{build.__name__}, {on_crash}, {deaths}")
+
+    return checked
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+async def test_d3_killed_at_any_boundary(build, on_crash):
+    """Wherever a process dies, the next one leaves all as it was before, or completes it (D3)."""
+    clean = await lived(build, (Death(),), on_crash, first_life)
+    checked = checked_against(clean, build, on_crash)
+    deaths = [death async for death in deaths_of(build, on_crash, first_life, (), checked)]
+
+    assert len(deaths) >= clean.journal.passed > 9
+
+
+# The two loops share the first deaths: what is recorded is much the same on all of them.
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("anyio_backend", "parity"),
+    [
+        pytest.param(*BACKENDS[2].values, 0, id="uvloop"),
+        pytest.param(*BACKENDS[1].values, 1, id="trio"),
+    ],
+    indirect=["anyio_backend"],
+)
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+async def test_d3_killed_at_any_boundary_and_again_at_any_of_the_recovery(build, on_crash, parity):
+    """Where the process that recovers dies in its turn, wherever, the one after it does the same (D3)."""
+    clean = await lived(build, (Death(),), on_crash, first_life)
+    checked = checked_against(clean, build, on_crash)
+    count = 0
+    for at in range(parity * EVERY, clean.journal.passed, 2 * EVERY):
+        async for _ in deaths_of(build, on_crash, first_life, (Death(at),), checked):
+            count += 1
+
+    assert count
+
+
+# --- cancelled, and then killed -------------------------------------------------------------------
+
+
+def cancel_in_sequence(shop: Shop) -> Saga[..., Any]:
+    return Saga([shop.step("a"), shop.step("b", undo=True), shop.step("told", (3, 3))], name="s")
+
+
+def cancel_in_group(shop: Shop) -> Saga[..., Any]:
+    ahead = Saga([shop.step("b"), shop.step("c")])
+    slow = shop.step("told", (12, 9))
+    return Saga([shop.step("a"), Parallel(ahead, slow, shop.step("d", shield=True))], name="s")
+
+
+def cancel_in_function(shop: Shop) -> Saga[..., Any]:
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        async with scope.nested() as nested:
+            await nested.step(shop.step("b"))
+            await nested.step(shop.step("told", (3, 3)))
+
+    return whole
+
+
+def cancel_past_commit(shop: Shop) -> Saga[..., Any]:
+    return Saga([shop.step("a"), Commit(), shop.step("b"), shop.step("told", (3, 3))], name="s")
+
+
+CANCELLED = [cancel_in_sequence, cancel_in_group, cancel_in_function, cancel_past_commit]
+
+
+async def cancelled_by_a_scope(shop: Shop, whole: Saga[..., Any]) -> None:
+    with CancelScope() as scope:
+        shop.moments["told"] = scope.cancel
+        await first_life(shop, whole)
+
+
+async def cancelled_natively(shop: Shop, whole: Saga[..., Any]) -> None:
+    task = asyncio.ensure_future(first_life(shop, whole))
+    shop.moments["told"] = task.cancel
+    await asyncio.wait([task])
+    assert task.cancelled() or task.result() is None
+
+
+async def killed_after_a_cancellation(build: Build, on_crash: str, way: Any) -> None:
+    clean = await lived(build, (Death(),), on_crash, way)
+    whole = await lived(build, (Death(),), on_crash, first_life)
+    count = 0
+
+    async def checked(shop: Shop, deaths: tuple[Death, ...]) -> None:
+        # Killed before the rollback was on disk, it may be gone on with, as if never cancelled.
+        began = any(event.kind is EventKind.ROLLBACK for event in shop.journal.events())
+        went_on = (await state_of(shop)) is RunState.COMPLETED
+        assert not (began and went_on)
+        await check(shop, whole if went_on else clean, f"{build.__name__}, {on_crash}, {deaths}")
+
+    async for _ in deaths_of(build, on_crash, way, (), checked):
+        count += 1
+
+    assert count >= clean.journal.passed > 9
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize("build", CANCELLED, ids=lambda build: build.__name__)
+async def test_d3_killed_in_a_rollback_that_a_scope_had_begun(build, on_crash):
+    """A rollback that a cancelled scope began is ended by the next process, under either (D3)."""
+    await killed_after_a_cancellation(build, on_crash, cancelled_by_a_scope)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize("build", CANCELLED, ids=lambda build: build.__name__)
+async def test_d3_killed_in_a_rollback_that_a_native_cancellation_had_begun(build, on_crash):
+    """A rollback that ``task.cancel()`` began is ended by the next process, under either (D3)."""
+    await killed_after_a_cancellation(build, on_crash, cancelled_natively)
+
+
+# --- drawn ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaf:
+    name: str
+    pace: tuple[int, int]
+    undo: bool
+    shield: bool
+
+
+@dataclass(frozen=True)
+class Seq:
+    parts: tuple[Any, ...]
+    nested: bool
+    catch: bool
+
+
+@dataclass(frozen=True)
+class Par:
+    parts: tuple[Any, ...]
+    limit: int | None
+    finish: bool
+    catch: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    tree: Seq
+    functions: bool
+    commit_at: int | None
+    failing: int | None
+    deaths: tuple[Death, ...]
+    on_crash: str
+
+
+def leaves_of(part: Any) -> list[Leaf]:
+    return [part] if isinstance(part, Leaf) else [leaf for one in part.parts for leaf in leaves_of(one)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    names = (f"step {number}" for number in range(100))
+    paces = st.tuples(st.integers(0, 5), st.integers(0, 3))
+    booleans = st.booleans()
+
+    def part(depth: int) -> Any:
+        kind = draw(st.sampled_from(["step", "step", "seq", "par"] if depth < 3 else ["step"]))
+        if kind == "step":
+            return Leaf(next(names), draw(paces), draw(booleans), draw(st.sampled_from([False, True])))
+        parts = tuple(part(depth + 1) for _ in range(draw(st.integers(1, 3))))
+        if kind == "seq":
+            return Seq(parts, draw(booleans), draw(booleans))
+        return Par(parts, draw(st.sampled_from([None, 1, 2])), draw(booleans), draw(booleans))
+
+    tree = Seq(tuple(part(1) for _ in range(draw(st.integers(1, 4)))), nested=False, catch=False)
+    deaths = st.lists(st.builds(Death, st.integers(0, 40), booleans), min_size=1, max_size=3)
+    return Case(
+        tree,
+        draw(booleans),
+        draw(st.sampled_from([None, None, 0, 1, 2])),
+        draw(st.sampled_from([None, *range(len(leaves_of(tree)))])),
+        tuple(draw(deaths)),
+        draw(st.sampled_from(["rollback", "resume"])),
+    )
+
+
+def drawn_saga(case: Case, shop: Shop) -> Saga[..., Any]:
+    leaves = leaves_of(case.tree)
+    failing = None if case.failing is None else leaves[case.failing].name
+
+    def step(leaf: Leaf) -> Step[..., Any]:
+        fails = Boom(leaf.name) if leaf.name == failing else None
+        return shop.step(leaf.name, leaf.pace, undo=leaf.undo, shield=leaf.shield, fails=fails)
+
+    def as_data(part: Any) -> Any:
+        if isinstance(part, Leaf):
+            return step(part)
+        inner = map(as_data, part.parts)
+        if isinstance(part, Seq):
+            return Saga(inner)
+        return Parallel(*inner, limit=part.limit, on_failure="finish" if part.finish else "cancel")
+
+    def as_member(part: Any) -> Any:
+        if isinstance(part, Leaf):
+            return step(part).bind()
+
+        @saga
+        async def branch(scope: SagaScope) -> None:
+            await carry_out(part, scope)
+
+        return branch.bind()
+
+    async def carry_out(part: Any, scope: SagaScope) -> None:
+        try:
+            if isinstance(part, Leaf):
+                await scope.step(step(part))
+            elif isinstance(part, Par):
+                policy: Any = "finish" if part.finish else "cancel"
+                await scope.parallel(*map(as_member, part.parts), limit=part.limit, on_failure=policy)
+            elif part.nested:
+                async with scope.nested() as nested:
+                    for one in part.parts:
+                        await carry_out(one, nested)
+            else:
+                for one in part.parts:
+                    await carry_out(one, scope)
+        except* Boom:
+            if isinstance(part, Leaf) or not part.catch:
+                raise
+
+    if case.functions:
+
+        @saga(name="s")
+        async def whole(scope: SagaScope) -> None:
+            for index, part in enumerate(case.tree.parts):
+                if index == case.commit_at:
+                    await scope.commit()
+                await carry_out(part, scope)
+
+        return whole
+    parts = [as_data(part) for part in case.tree.parts]
+    if case.commit_at is not None:
+        parts.insert(case.commit_at, Commit())
+    return Saga(parts, name="s")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(
+    max_examples=int(os.environ.get("PYSAGAS_EXAMPLES", "2000")) if DEEP else 100,
+    derandomize=not DEEP,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@pytest.mark.timeout(0 if DEEP else 120)
+@given(case=cases())
+def test_d3_any_saga_killed_any_number_of_times(backend, case):
+    """Whatever a saga is made of, and wherever it is killed, it ends as before, or as undisturbed (D3)."""
+
+    async def killed() -> None:
+        build = partial(drawn_saga, case)
+        clean = await lived(build, (Death(),), case.on_crash, first_life)
+        shop = await lived(build, case.deaths, case.on_crash, first_life)
+        await check(shop, clean, f"{case}")
+
+    name, options = backend
+    anyio.run(killed, backend=name, backend_options=options)
+
+
+# --- helpers for single runs ------------------------------------------------------------------------
+
+
+async def killed_at(shop: Shop, whole: Saga[..., Any], moment: str) -> None:
+    """Lets the first process die when the step of this name has begun."""
+
+    def die() -> None:
+        shop.journal.dead = True
+
+    shop.moments[moment] = die
+    await first_life(shop, whole)
+    assert shop.journal.dead
+    shop.journal = shop.journal.next_process()
+
+
+def names_of(shop: Shop, *kinds: EventKind) -> list[str]:
+    return [event.name for event in shop.journal.events() if event.kind in kinds]
+
+
+def report_of(outcome: Outcome[Any] | None, name: str) -> Any:
+    assert outcome is not None
+    (report,) = [one for one in outcome.steps if one.name == name]
+    return report
+
+
+# --- interrupted ------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_d3_interrupted_is_sticky_and_cannot_be_swallowed():
+    """Each later call raises Interrupted again, and who swallows them all is taken back (D3)."""
+    shop = Shop()
+    seen = []
+
+    @saga(name="s")
+    async def stubborn(scope: SagaScope) -> str:
+        await scope.step(shop.step("a"))
+        for name in "bc":
+            try:
+                await scope.step(shop.step(name))
+            except BaseException as error:
+                seen.append(type(error))
+        try:
+            await scope.parallel(shop.step("d").bind())
+        except BaseException as error:
+            seen.append(type(error))
+        return "done all the same"
+
+    await killed_at(shop, stubborn, "b")
+    seen.clear()
+    report = await shop.journal.recover([stubborn])
+
+    assert [Interrupted, Interrupted, BaseExceptionGroup] == seen
+    (recovered,) = report.recovered
+    assert (RunState.COMPENSATED, RunInterrupted) == (recovered.state, type(recovered.error))
+    assert (set(), {"a": 1, "b": 1}) == (shop.there, shop.begun)
+
+
+@pytest.mark.anyio
+async def test_d3_interrupted_passes_an_except_exception():
+    """``except Exception`` does not take an interruption for a failure (D3)."""
+    shop = Shop()
+    caught = []
+
+    @saga(name="s")
+    async def careful(scope: SagaScope) -> None:
+        try:
+            await scope.step(shop.step("a"))
+        except Exception as error:
+            caught.append(error)
+
+    await killed_at(shop, careful, "a")
+    assert caught  # what died could not be taken back by the dead
+    caught.clear()
+    report = await shop.journal.recover([careful])
+
+    assert ([], True, set()) == (caught, report.ok, shop.there)
+
+
+@pytest.mark.anyio
+async def test_d3_a_failure_in_place_of_an_interruption_is_a_failure():
+    """A function that makes a failure of its own of an interruption fails with that (D3)."""
+    shop = Shop()
+
+    @saga(name="s")
+    async def translating(scope: SagaScope) -> None:
+        try:
+            await scope.step(shop.step("a"))
+        except BaseException:
+            raise Boom("translated") from None
+
+    await killed_at(shop, translating, "a")
+    report = await shop.journal.recover([translating])
+
+    assert [("r", RunState.COMPENSATED, Boom)] == [
+        (one.run_id, one.state, type(one.error)) for one in report.recovered
+    ]
+    assert set() == shop.there
+
+
+@pytest.mark.anyio
+async def test_d3_a_function_that_had_nothing_left_to_do_is_taken_back():
+    """A run that was killed after its last effect goes back, or is completed when told to go on (D3)."""
+    for on_crash, there in (("rollback", set()), ("resume", {"a"})):
+        shop = Shop()
+        whole = Saga([shop.step("a")], name="s")
+        shop.journal.dies_at = 3  # STARTED, its flush, DONE, and then the end
+        await first_life(shop, whole)
+        assert [EventKind.STARTED, EventKind.DONE] == [one.kind for one in shop.journal.events()]
+        shop.journal = shop.journal.next_process()
+        await shop.journal.recover([whole], on_crash=on_crash)
+
+        assert there == shop.there
+
+
+@pytest.mark.anyio
+async def test_d3_a_function_that_returns_after_its_cancellation_is_taken_back_again():
+    """Where a cancellation outside of all effects began the rollback, the replay of it ends too (D3)."""
+    shop = Shop()
+    waits = True
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        await scope.step(shop.step("b"))
+        if waits:
+            cancelling.cancel()
+            await checkpoint()
+
+    shop.journal.dies_at = 8  # in the middle of the rollback
+    with CancelScope() as cancelling:
+        await first_life(shop, whole)
+    assert shop.journal.dead
+    assert ["b"] == names_of(shop, EventKind.COMPENSATING)
+    waits = False
+    shop.journal = shop.journal.next_process()
+    report = await shop.journal.recover([whole], on_crash="resume")
+
+    assert (True, set(), RunState.COMPENSATED) == (report.ok, shop.there, await state_of(shop))
+
+
+# --- in doubt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_d3_an_action_in_doubt_goes_back_as_g3_says():
+    """In doubt, a compensation runs; an undo alone cannot, and the step is listed (D3, G3)."""
+    shop = Shop()
+    members = [
+        shop.step("with compensation", (9, 9)),
+        shop.step("with undo alone", (9, 9), undo=True, compensation=False),
+        shop.step("with both", (9, 9), undo=True),
+        shop.step("with neither", (9, 9), compensation=False),
+        shop.step("last", (0, 9)),
+    ]
+    whole = Saga([shop.step("done", undo=True, compensation=False), Parallel(*members)], name="s")
+    await killed_at(shop, whole, "last")
+    (recovered,) = (await shop.journal.recover([whole])).recovered
+
+    outcome = recovered.outcome
+    assert outcome is not None
+    assert {"with undo alone", "with neither"} == {report.name for report in outcome.in_doubt}
+    assert (SagaState.COMPENSATED, StepState.COMPENSATED) == (
+        outcome.state,
+        report_of(outcome, "done").state,
+    )
+    assert {"with compensation", "with both", "last", "done"} == set(
+        names_of(shop, EventKind.COMPENSATED)
+    )
+
+
+@pytest.mark.anyio
+async def test_d3_a_compensation_in_doubt_runs_again():
+    """A compensation of which the end is not recorded runs again; one that is does not (D3)."""
+    shop = Shop()
+    taken_back = []
+
+    async def back() -> None:
+        taken_back.append("b")
+        if len(taken_back) == 1:
+            shop.journal.dead = True
+
+    async def nothing() -> None:
+        pass
+
+    whole = Saga(
+        [
+            shop.step("a"),
+            Step(nothing, back, name="b"),
+            shop.step("c"),
+            shop.step("d", fails=Boom("d")),
+        ],
+        name="s",
+    )
+    await first_life(shop, whole)
+    assert ["d", "c", "b"] == names_of(shop, EventKind.COMPENSATING)
+    shop.journal = shop.journal.next_process()
+    report = await shop.journal.recover([whole])
+
+    assert (["b", "b"], True, ["d", "c", "b", "a"]) == (
+        taken_back,
+        report.ok,
+        names_of(shop, EventKind.COMPENSATED),
+    )
+    assert 1 == shop.log.count("-c")
+
+
+@pytest.mark.anyio
+async def test_d3_resume_runs_an_action_in_doubt_again_under_the_same_key():
+    """Going on, an action in doubt runs again, and a service knows it by its key (D3)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), shop.step("b"), shop.step("c")], name="s")
+    await killed_at(shop, whole, "b")
+    report = await shop.journal.recover([whole], on_crash="resume")
+
+    assert [RunState.COMPLETED] == [one.state for one in report.recovered]
+    assert {"a": 1, "b": 2, "c": 1} == shop.begun
+    assert {"a": {"r/0/action"}, "b": {"r/1/action"}, "c": {"r/2/action"}} == shop.keys
+
+
+@pytest.mark.anyio
+async def test_d3_an_action_that_was_once_in_doubt_stays_so():
+    """Run again, an action that declares to have done nothing may have had its effect before (D3)."""
+    shop = Shop()
+    whole = Saga([shop.step("a", (0, 0), fails=Boom("a"), not_applied=Boom)], name="s")
+    await killed_at(shop, whole, "a")
+    shop.there.add("a")  # it had, before the process died
+    report = await shop.journal.recover([whole], on_crash="resume")
+
+    assert (True, set(), ["a"]) == (report.ok, shop.there, names_of(shop, EventKind.COMPENSATED))
+
+
+# --- failures, recorded -------------------------------------------------------------------------------
+
+
+class Declined(Exception):
+    """Cannot be made by its ``args`` alone."""
+
+    made = 0
+
+    def __init__(self, card: str, *, amount: int) -> None:
+        super().__init__(f"{card} was declined")
+        Declined.made += 1
+        self.amount = amount
+
+
+class Unwritable(Exception):
+    """Has arguments that no JSON can hold."""
+
+
+@pytest.mark.anyio
+async def test_d3_a_recorded_failure_comes_back_as_what_it_was():
+    """Replayed, a failure has its type, its text and its fields, and its class was not called (D3)."""
+    shop = Shop()
+    caught = []
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        error = Declined("visa", amount=3)
+        error.add_note("try another")
+        for name, fails in (("a", error), ("b", Unwritable(object()))):
+            try:
+                await scope.step(shop.step(name, fails=fails, not_applied=Exception))
+            except Exception as failure:
+                caught.append(failure)
+        await scope.step(shop.step("c"))
+
+    await killed_at(shop, whole, "c")
+    caught.clear()
+    made = Declined.made
+    await shop.journal.recover([whole])
+    again, stands_in = caught
+
+    assert made + 1 == Declined.made  # by the function, and not by the replay
+    assert (Declined, "visa was declined", 3) == (type(again), str(again), again.amount)
+    assert "try another" in again.__notes__
+    assert (RecordedError, f"{__name__}:Unwritable") == (type(stands_in), stands_in.kind)
+    assert "Unwritable" in str(stands_in)
+
+
+@pytest.mark.anyio
+async def test_d3_the_state_in_which_a_failure_left_its_step_is_recorded():
+    """A step that did nothing is not compensated after a replay, one in doubt is, one done is undone (D3)."""
+    shop = Shop()
+
+    async def fails_late(effect, call_next):
+        result = await call_next()
+        if effect.name == "completed" and effect.kind == "action":
+            raise Boom("late")
+        return result
+
+    @saga(name="s", middleware=[fails_late])
+    async def whole(scope: SagaScope) -> None:
+        steps = [
+            shop.step("not applied", fails=Boom("1"), not_applied=Boom),
+            shop.step("in doubt", fails=Boom("2")),
+            shop.step("completed", undo=True, compensation=False),
+        ]
+        await scope.parallel(*(step.bind() for step in steps), on_failure="finish")
+
+    shop.journal.dies_at = 12  # three times: STARTED, its flush, FAILED; and the rollback's beginning
+    await first_life(shop, whole)
+    assert 3 == len(names_of(shop, EventKind.FAILED))
+    assert [] == names_of(shop, EventKind.COMPENSATED)
+    shop.journal = shop.journal.next_process()
+    (recovered,) = (await shop.journal.recover([whole])).recovered
+    states = {step.name: step.state for step in recovered.outcome.steps}
+
+    assert {
+        "not applied": StepState.NOT_APPLIED,
+        "in doubt": StepState.COMPENSATED,
+        "completed": StepState.COMPENSATED,
+    } == states
+
+
+@pytest.mark.anyio
+async def test_d3_a_cancellation_is_never_recorded_as_a_result():
+    """What was cut off stays in doubt; what had returned is done; what had not begun is neither (D3)."""
+    shop = Shop()
+    told = Event()
+
+    async def returned_and_then_waits(effect, call_next):
+        result = await call_next()
+        if effect.name == "returned" and effect.kind == "action":
+            told.set()
+            await Event().wait()
+        return result
+
+    async def waits(attempt):
+        await Event().wait()
+
+    members = [
+        shop.step("not begun", retry=waits),
+        shop.step("in doubt", (10_000, 0)),
+        shop.step("returned"),
+    ]
+    whole = Saga([Parallel(*members)], name="s", middleware=[returned_and_then_waits])
+    async with create_task_group() as tasks:
+        tasks.start_soon(first_life, shop, whole)
+        with fail_after(ENOUGH):
+            await told.wait()
+        tasks.cancel_scope.cancel()
+    kinds: dict[str, list[EventKind]] = {}
+    for event in shop.journal.events():
+        if event.kind not in (EventKind.COMPENSATING, EventKind.COMPENSATED):
+            kinds.setdefault(event.name, []).append(event.kind)
+
+    assert {
+        "not begun": [EventKind.STARTED, EventKind.CUT_OFF],
+        "in doubt": [EventKind.STARTED],
+        "returned": [EventKind.STARTED, EventKind.DONE, EventKind.CUT_OFF],
+        "s": [EventKind.ROLLBACK],
+    } == kinds
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("on_crash", "there"), [("rollback", set()), ("resume", {"a", "b"})])
+async def test_d3_a_step_that_was_cut_off_before_it_began_runs_when_gone_on_with(on_crash, there):
+    """Killed before the rollback was on disk, a step that had not begun is run by ``resume`` (D3)."""
+    shop = Shop()
+    told = Event()
+    patient = False
+
+    async def waits(attempt):
+        if patient:
+            return await attempt()
+        told.set()
+        await Event().wait()
+
+    whole = Saga([shop.step("a"), shop.step("b", retry=waits)], name="s")
+    shop.journal.dies_at = 6  # STARTED, its flush, DONE, STARTED, its flush, CUT_OFF; then the rollback
+    async with create_task_group() as tasks:
+        tasks.start_soon(first_life, shop, whole)
+        with fail_after(ENOUGH):
+            await told.wait()
+        tasks.cancel_scope.cancel()
+    assert EventKind.CUT_OFF is shop.journal.events()[-1].kind
+    patient = True
+    shop.journal = shop.journal.next_process()
+    report = await shop.journal.recover([whole], on_crash=on_crash)
+
+    assert (True, there) == (report.ok, shop.there)
+
+
+class CancelsAtCommit(MortalJournal):
+    """Calls something while the commit is being written."""
+
+    cancel: Any
+
+    async def _flush(self) -> None:
+        if self.events()[-1].kind is EventKind.COMMITTED:
+            cancel, self.cancel = self.cancel, bool
+            cancel()
+        await super()._flush()
+
+
+def cancel_while_committing(shop: Shop, cancel: Callable[[], object]) -> None:
+    shop.journal = CancelsAtCommit()
+    shop.journal.cancel = cancel
+
+
+@pytest.mark.anyio
+async def test_d3_a_commit_that_is_being_written_is_not_cut_off_by_a_scope():
+    """Cancelled while its commit is written, a run has passed it, for itself as for its journal (D3)."""
+    shop = Shop()
+    with CancelScope() as scope:
+        cancel_while_committing(shop, scope.cancel)
+        await first_life(shop, passing_commit(shop))
+
+    assert (RunState.FAILED, {"a"}) == (await state_of(shop), shop.there)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d3_a_commit_that_is_being_written_is_not_cut_off_natively():
+    """The same for ``task.cancel()``, which no shield keeps away; and it is not lost (D3)."""
+    shop = Shop()
+    task = asyncio.ensure_future(first_life(shop, passing_commit(shop)))
+    cancel_while_committing(shop, task.cancel)
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert (RunState.FAILED, {"a"}) == (await state_of(shop), shop.there)
+
+
+def cancelled_in_replay(shop: Shop, cancel: Callable[[], object]) -> Saga[..., Any]:
+    """One branch is ahead, and cancels all while it is replayed; another waits for it."""
+
+    @saga
+    async def ahead(scope: SagaScope) -> None:
+        await scope.step(shop.step("b"))
+        cancel()
+        for name in "cde":
+            await scope.step(shop.step(name))
+
+    @saga
+    async def behind(scope: SagaScope) -> None:
+        await scope.step(shop.step("a", (4, 0)))
+        await scope.step(shop.step("f", (20, 0)))
+
+    return Saga([Parallel(ahead, behind), shop.step("z")], name="s")
+
+
+async def check_replayed_whole(shop: Shop, begun: Any) -> None:
+    assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
+    assert begun == shop.begun
+    assert [] == problems_of(shop, shop.journal.events())
+
+
+async def killed_while_behind(shop: Shop) -> Any:
+    await killed_at(shop, cancelled_in_replay(shop, bool), "e")
+    assert {"a", "b", "c", "d"} == set(names_of(shop, EventKind.DONE))
+    return shop.begun.copy()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+async def test_d3_a_cancelled_scope_does_not_cut_a_replay_short(on_crash):
+    """A scope that is cancelled in the middle of a replay is noticed when the history is used up (D3)."""
+    shop = Shop()
+    begun = await killed_while_behind(shop)
+    with CancelScope() as scope:
+        await shop.journal.run(cancelled_in_replay(shop, scope.cancel), run_id="r", on_crash=on_crash)
+
+    assert scope.cancelled_caught
+    await check_replayed_whole(shop, begun)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+async def test_d3_a_native_cancellation_does_not_cut_a_replay_short(on_crash):
+    """The same for ``task.cancel()`` (D3)."""
+    shop = Shop()
+    begun = await killed_while_behind(shop)
+    changed = cancelled_in_replay(shop, lambda: task.cancel())
+    task = asyncio.ensure_future(shop.journal.run(changed, run_id="r", on_crash=on_crash))
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    await check_replayed_whole(shop, begun)
+
+
+# --- the order of replay ------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+async def test_d3_nothing_runs_before_all_history_is_replayed(on_crash):
+    """A branch in doubt waits for another that is ahead, before it runs or goes back (D3)."""
+    shop = Shop()
+    seen = []
+
+    @saga
+    async def ahead(scope: SagaScope) -> None:
+        for name in "bcde":
+            await scope.step(shop.step(name))
+            seen.append(name)
+
+    whole = Saga([Parallel(shop.step("a", (20, 0)), ahead)], name="s")
+    await killed_at(shop, whole, "e")
+    seen.clear()
+    shop.moments["a"] = lambda: seen.append("a runs")
+    shop.journal.next_process()
+    before = len(shop.log)
+    await shop.journal.recover([whole], on_crash=on_crash)
+
+    assert ["b", "c", "d"] == seen[:3]
+    assert set(shop.log[before:]) & {"b", "c", "d"} == set()
+    assert ("a runs" in seen) == (on_crash == "resume")
+
+
+@pytest.mark.anyio
+async def test_d3_current_effect_is_there_in_a_recovery_too():
+    """A compensation that recovers knows its effect and its action's key (D3)."""
+    shop = Shop()
+    keys = []
+
+    async def back() -> None:
+        effect = current_effect()
+        keys.append((effect.key, effect.action_key))
+
+    async def action() -> None:
+        shop.begin("a")
+
+    whole = Saga([Step(action, back, name="a")], name="s")
+    await killed_at(shop, whole, "a")
+    await shop.journal.recover([whole])
+
+    assert [("r/0/compensation", "r/0/action")] == keys
+
+
+# --- another saga (D4) --------------------------------------------------------------------------------
+
+
+async def no_text() -> str:
+    return "text"
+
+
+async def a_text() -> str:
+    return "text"
+
+
+async def a_number() -> int:
+    return 3
+
+
+def with_result(action: Any) -> Build:
+    async def back() -> None:
+        pass
+
+    return lambda shop: Saga([shop.step("a"), Step(action, back, name="b"), shop.step("c")], name="s")
+
+
+def of_names(names: str, **options: Any) -> Build:
+    return lambda shop: Saga([shop.step(name) for name in names], name="s", **options)
+
+
+def grouped(names: str) -> Build:
+    return lambda shop: Saga([Parallel(*map(shop.step, names)), shop.step("z")], name="s")
+
+
+def calling(*names: str) -> Build:
+    def build(shop: Shop) -> Saga[..., Any]:
+        @saga(name="s")
+        async def whole(scope: SagaScope) -> None:
+            for name in names:
+                await (scope.commit() if name == "commit" else scope.step(shop.step(name)))
+
+        return whole
+
+    return build
+
+
+CHANGES = {
+    "renamed": (of_names("abc"), of_names("axc"), "c", "'b' at (1,) (started), but 'x' is there now"),
+    "removed": (of_names("abc"), of_names("ac"), "c", "recorded is 'b'"),
+    "removed at the end": (of_names("abc"), of_names("ab"), "c", "ends without it"),
+    "removed by a function": (calling(*"abc"), calling(*"ab"), "c", "ends without it"),
+    "added": (of_names("abc"), of_names("xabc"), "c", "'x' is there now"),
+    "added as a commit": (calling(*"abc"), calling("commit", *"abc"), "c", "commit 'commit' at (0,)"),
+    "reordered": (of_names("abc"), of_names("bac"), "c", "'b' is there now"),
+    "a group in place of a step": (of_names("abc"), grouped("ab"), "c", "recorded is 'a' at (0,)"),
+    "a step in place of a group": (grouped("ab"), of_names("az"), "z", "recorded is 'a' at (0, 0)"),
+    "fewer members": (grouped("abc"), grouped("ab"), "z", "recorded is 'c' at (0, 2)"),
+    "reordered members": (grouped("ab"), grouped("ba"), "z", "is there now"),
+    "another result": (with_result(a_text), with_result(a_number), "c", "cannot be read as"),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize("change", CHANGES)
+async def test_d4_another_saga_is_refused_and_nothing_is_touched(change, on_crash):
+    """A replay that meets another saga says so, runs nothing, and leaves the run as it was (D4)."""
+    build, changed, moment, message = CHANGES[change]
+    shop = Shop()
+    whole = build(shop)
+    await killed_at(shop, whole, moment)
+    events, log = list(shop.journal.events()), list(shop.log)
+    with fail_after(ENOUGH):
+        report = await shop.journal.recover([changed(shop)], on_crash=on_crash)
+        (left,) = report.left
+        assert isinstance(left.error, SagaChanged), left.error
+        with pytest.raises(SagaChanged, match=re.escape(message)):
+            await shop.journal.run(changed(shop), run_id="r", on_crash=on_crash)
+
+    assert (events, log) == (shop.journal.events(), shop.log)
+    assert (RunState.RUNNING, False) == (await state_of(shop), report.ok)
+    # And with the saga as it was, it is recovered.
+    assert (await shop.journal.recover([whole], on_crash=on_crash)).ok
+    assert (set() if on_crash == "rollback" else clean_of(build)) >= shop.there
+
+
+def clean_of(build: Build) -> set[str]:
+    shop = Shop()
+    anyio_free = build(shop)
+    return {*"abcz"} if anyio_free else set()
+
+
+@pytest.mark.anyio
+async def test_d4_more_members_are_more_work():
+    """A group that has got another member is not the recorded one, where it had ended (D4)."""
+    shop = Shop()
+    await killed_at(shop, grouped("ab")(shop), "z")
+    with fail_after(ENOUGH):
+        report = await shop.journal.recover([grouped("abc")(shop)])
+
+    assert SagaChanged is type(report.left[0].error)
+    assert {"a", "b"} == shop.there
+
+
+def losing(*lost: str, group: bool) -> Build:
+    """A saga that fails, some steps of which have no compensation."""
+
+    def build(shop: Shop) -> Saga[..., Any]:
+        steps = [shop.step(name, compensation=name not in lost) for name in "abc"]
+        return Saga(
+            [*([Parallel(*steps)] if group else steps), shop.step("d", fails=Boom("d"))], name="s"
+        )
+
+    return build
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("group", [False, True])
+async def test_d4_a_lost_compensation_is_found_where_it_was_recorded(group):
+    """A step without the compensation that is recorded is refused, before anything goes back (D4)."""
+    shops = [Shop() for _ in range(40)]
+    for at, one in enumerate(shops):
+        one.journal.dies_at = at
+        await first_life(one, losing(group=group)(one))
+    # The first of them that died when c had been taken back.
+    shop = next(one for one in shops if "c" in names_of(one, EventKind.COMPENSATED))
+    failing, lossy = losing(group=group)(shop), losing("c", group=group)(shop)
+    shop.journal = shop.journal.next_process()
+    log = list(shop.log)
+    with fail_after(ENOUGH):
+        report = await shop.journal.recover([lossy])
+
+    assert SagaChanged is type(report.left[0].error)
+    assert log == shop.log
+    assert (await shop.journal.recover([failing])).ok
+    assert (set(), RunState.COMPENSATED) == (shop.there, await state_of(shop))
+
+
+@pytest.mark.anyio
+async def test_d4_another_version_is_another_saga():
+    """A run goes on with the saga of its version alone (D4)."""
+    shop = Shop()
+    old, new = of_names("ab", version="1")(shop), of_names("ab", version="2")(shop)
+    await killed_at(shop, old, "b")
+    report = await shop.journal.recover([new])
+
+    assert "only these versions were given: ['2']" in str(report.left[0].error)
+    with pytest.raises(SagaChanged, match="version '1', not of 's', version '2'"):
+        await shop.journal.run(new, run_id="r")
+    assert {"a", "b"} & shop.there == shop.there != set()
+    assert (await shop.journal.recover([new, old])).ok

@@ -1,0 +1,781 @@
+"""The journal in a file: what is on disk and when, whose a run is, and what happens when the file fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import create_task_group, fail_after
+from mortal import Boom, Shop
+
+from pysagas import Saga, SagaState, Step, StepState
+from pysagas.durable import (
+    EventKind,
+    JournalError,
+    OtherRun,
+    RunInfo,
+    RunInProgress,
+    RunInterrupted,
+    RunState,
+    SQLiteJournal,
+)
+
+pytestmark = pytest.mark.anyio
+
+ENOUGH = 5  # seconds, within which what hangs is found to hang
+LATER = 1e12  # seconds since the epoch
+MANY = "x" * 100_000  # more than a page of the file
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "sagas.db"
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def abc(shop: Shop, **options: Any) -> Saga[..., Any]:
+    return Saga([shop.step("a"), shop.step("b", **options), shop.step("c")], name="s")
+
+
+def stuck(shop: Shop, back_fails: Callable[[], bool] = lambda: True) -> Saga[..., Any]:
+    """A run that cannot be taken back while `back_fails` says so."""
+    parts = [shop.step("a", back_fails=back_fails), shop.step("b", fails=Boom("b"))]
+    return Saga(parts, name="stuck")
+
+
+async def on_connection(journal: SQLiteJournal, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    """Calls a function with the connection that the journal writes by, on its thread."""
+    return await journal._open().call(work)
+
+
+def read(path: Path, query: str) -> list[Any]:
+    """What another connection sees, with the words of its first column alone where there is one."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute(query).fetchall()
+    return [row[0] if len(row) == 1 else row for row in rows]
+
+
+def write(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def kinds(path: Path) -> list[Any]:
+    return read(path, "SELECT kind, name FROM events ORDER BY run, seq")
+
+
+def owner_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("sagas.db-owner-*"))
+
+
+def let_die(path: Path, events: int, token: str = "dead") -> None:  # noqa: S107
+    """Leaves the runs as a killed process does, that had recorded so many events of each."""
+    path.with_name(f"{path.name}-owner-{token}").touch()
+    write(
+        path,
+        f"INSERT INTO owners VALUES (77, '{token}', 'here', 1, 0)",
+        "UPDATE runs SET state = 'running', owner = 77, ended = NULL, value = NULL, error = NULL",
+        f"DELETE FROM events WHERE seq >= {events}",
+    )
+
+
+@asynccontextmanager
+async def under_way(journal: SQLiteJournal, shop: Shop) -> AsyncIterator[Saga[..., Any]]:
+    """A run "r" of steps a, pause and b, which is in its pause for the length of the block."""
+    began, go = anyio.Event(), anyio.Event()
+
+    async def pause() -> None:
+        began.set()
+        await go.wait()
+
+    whole = Saga([shop.step("a"), Step(pause, None, name="pause"), shop.step("b")], name="s")
+    async with create_task_group() as tasks:
+        tasks.start_soon(partial(journal.run, whole, run_id="r", exceptions=JournalError))
+        with fail_after(ENOUGH):
+            await began.wait()
+        try:
+            yield whole
+        finally:
+            go.set()
+
+
+async def recovered_by_another(path: Path, whole: Saga[..., Any]) -> RunInfo:
+    """Opens the file anew, recovers the one run, and tells how it stands."""
+    async with SQLiteJournal(path) as journal:
+        report = await journal.recover([whole])
+        assert report.ok
+        assert [one.run_id for one in report.recovered] == ["r"]
+        (info,) = await journal.runs()
+    return info
+
+
+async def opened_once(path: Path, **options: Any) -> None:
+    async with SQLiteJournal(path, **options):
+        pass
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+async def test_d7_the_files_are_for_their_owner_alone(path):
+    """The journal, its log and the file with the lock have mode 0600, whatever the umask (D7)."""
+    before = os.umask(0)
+    try:
+        async with SQLiteJournal(path) as journal:
+            await journal.run(abc(Shop()), run_id="r")
+            modes = {
+                file.name.partition("-")[2][:5]: stat.S_IMODE(file.stat().st_mode)
+                for file in path.parent.iterdir()
+            }
+    finally:
+        os.umask(before)
+
+    assert modes == {"": 0o600, "wal": 0o600, "shm": 0o600, "owner": 0o600}
+
+
+@pytest.mark.parametrize(("synchronous", "level"), [("FULL", 2), ("NORMAL", 1)])
+async def test_d7_the_log_is_written_ahead_and_synchronised_as_told(path, synchronous, level):
+    """The connection that writes is in WAL mode, and waits for the disk as it was told (D7)."""
+    async with SQLiteJournal(path, synchronous=synchronous) as journal:
+
+        def settings(connection):
+            names = ("journal_mode", "synchronous", "journal_size_limit")
+            return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+        assert await on_connection(journal, settings) == ["wal", level, -1]
+
+
+async def test_d7_each_commit_is_synchronised_by_default(path):
+    """Nobody loses an effect to a power cut who has not asked to be faster (D7)."""
+    async with SQLiteJournal(path) as journal:
+        found = await on_connection(journal, lambda c: c.execute("PRAGMA synchronous").fetchone())
+
+    assert found == (2,)
+
+
+async def test_the_file_has_three_tables_and_says_that_it_is_a_journal(path):
+    """The tables, their columns and the header are the format, and a change of it shows here."""
+    async with SQLiteJournal(path) as journal:
+        await journal.run(abc(Shop()), run_id="r")
+        owners = read(path, "SELECT id, host, pid FROM owners")
+
+    assert owners == [(1, socket.gethostname(), os.getpid())]
+    columns = "SELECT group_concat(name, ' ') FROM pragma_table_info"
+    tables = read(path, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+    assert {table: read(path, f"{columns}('{table}')") for table in tables} == {
+        "events": ["run seq kind path name data at"],
+        "owners": ["id token host pid started"],
+        "runs": ["id run_id saga version args state owner started ended value error"],
+    }
+    assert read(path, "PRAGMA user_version") == [1]
+    assert read(path, "PRAGMA application_id") == [0x70736A31]
+    assert read(path, "SELECT seq, kind, path, name, data FROM events WHERE seq < 2") == [
+        (0, "started", "0", "a", b""),
+        (1, "done", "0", "a", b'"result of a"'),
+    ]
+    assert read(path, "SELECT run_id, saga, version, args, state, owner, value, error FROM runs") == [
+        ("r", "s", None, b"[[],{}]", "completed", None, b"null", None)
+    ]
+
+
+# --- when it is on disk ---------------------------------------------------------------------------
+
+
+async def test_d2_an_intent_is_on_disk_before_its_action_runs(path):
+    """Inside an action another connection sees that it has started, and how those before it ended (D2)."""
+    shop = Shop()
+    seen: dict[str, Any] = {}
+    for name in "abc":
+        shop.moments[name] = lambda name=name: seen.setdefault(name, kinds(path))
+    async with SQLiteJournal(path) as journal:
+        await journal.run(abc(shop), run_id="r")
+
+    a, b = [("started", "a"), ("done", "a")], [("started", "b"), ("done", "b")]
+    assert seen == {"a": a[:1], "b": [*a, b[0]], "c": [*a, *b, ("started", "c")]}
+    assert kinds(path) == [*a, *b, ("started", "c"), ("done", "c")]
+
+
+async def test_d2_the_intent_of_a_compensation_is_on_disk_before_it_runs(path):
+    """Inside a compensation another connection sees that it has started (D2)."""
+    seen = []
+    shop = Shop()
+    whole = Saga(
+        [
+            Step(lambda: None, lambda: seen.extend(kinds(path)[-1:]), name="seen"),
+            shop.step("b", fails=Boom("b")),
+        ]
+    )
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r", exceptions=Boom)
+
+    assert seen == [("compensating", "seen")]
+
+
+async def test_d1_an_ended_run_is_recalled_from_the_file(path):
+    """A second call gives what the first gave, also after the file was closed, and runs nothing (D1)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        await journal.run(abc(shop), run_id="r")
+        with pytest.raises(Boom):
+            await journal.run(abc(shop, fails=Boom("b")), run_id="bad")
+        log = list(shop.log)
+    async with SQLiteJournal(path) as journal:
+        outcome = await journal.run(abc(shop), run_id="r")
+        with pytest.raises(Boom, match="^b\n"):
+            await journal.run(abc(shop), run_id="bad")
+        with pytest.raises(OtherRun, match=r"run 'r' is one of saga 's', not of 'stuck'"):
+            await journal.run(stuck(shop), run_id="r")
+
+    assert outcome.state is SagaState.COMPLETED
+    assert [(step.state, step.result) for step in outcome.steps] == [
+        (StepState.COMPLETED, f"result of {name}") for name in "abc"
+    ]
+    assert shop.log == log
+
+
+# --- whose a run is -------------------------------------------------------------------------------
+
+
+async def test_d6_a_run_that_another_journal_has_in_hand_is_refused(path):
+    """Of two journals on one file, one has the run, and the other neither runs nor recovers it (D6)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as one, SQLiteJournal(path) as other:
+        async with under_way(one, shop) as whole:
+            with pytest.raises(RunInProgress, match="run 'r' is under way in another process"):
+                await other.run(whole, run_id="r")
+            with pytest.raises(RunInProgress, match="run 'r' is under way in this process"):
+                await one.run(whole, run_id="r")
+            report = await other.recover([whole])
+            assert (report.in_progress, report.recovered, report.ok) == (("r",), (), True)
+            assert [info.alive for info in await one.runs()] == [True]
+            assert [info.alive for info in await other.runs()] == [True]
+        assert [info.alive for info in await other.runs()] == [False]
+        assert (await other.run(whole, run_id="r")).state is SagaState.COMPLETED
+
+    assert shop.log == ["a", "b"]
+
+
+async def test_d6_a_run_is_free_when_the_lock_of_its_owner_is(path):
+    """What tells a living owner from a dead one is its lock, and nothing else (D6)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as dying, SQLiteJournal(path) as other:
+        async with under_way(dying, shop) as whole:
+
+            def die(_):
+                dying._lock.close()
+                dying._lock = None
+
+            await on_connection(dying, die)
+            assert [info.alive for info in await other.runs()] == [False]
+            (one,) = (await other.recover([whole])).recovered
+            assert (one.state, shop.there) == (RunState.COMPENSATED, set())
+            # Whoever died does nothing more.
+            write(
+                path, "CREATE TRIGGER t BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'dead'); END"
+            )
+        assert owner_files(path) == [other._lock_path(other._token)]
+
+
+@pytest.mark.parametrize("token", ["dead", "gone", None])
+async def test_d6_a_run_of_a_dead_owner_is_taken_over(path, token):
+    """Whether the dead owner's file is still there, or its row, its run is taken over (D6)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+    (file,) = owner_files(path)
+    if token != "dead":
+        file.unlink()
+    if token is None:
+        write(path, "DELETE FROM owners")
+    async with SQLiteJournal(path) as journal:
+        assert [info.alive for info in await journal.runs()] == [False]
+        with pytest.raises(RunInterrupted):
+            await journal.run(whole, run_id="r")
+
+    assert owner_files(path) == []
+    assert shop.log == ["a", "b", "c", "-b", "-a"]  # it had died before c, as far as anybody knows
+
+
+async def test_d6_numbers_of_events_go_on_after_a_takeover(path):
+    """Who takes a run over numbers its events on from the last that is recorded (D6)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+    async with SQLiteJournal(path) as journal:
+        report = await journal.recover([whole], on_crash="resume")
+
+    assert [one.state for one in report.recovered] == [RunState.COMPLETED]
+    assert read(path, "SELECT seq, kind, name FROM events ORDER BY seq") == [
+        (0, "started", "a"),
+        (1, "done", "a"),
+        (2, "started", "b"),
+        (3, "started", "b"),
+        (4, "done", "b"),
+        (5, "started", "c"),
+        (6, "done", "c"),
+    ]
+
+
+async def test_d6_a_run_that_died_before_its_first_event_is_taken_over(path):
+    """A run of which nothing but its start is recorded ends compensated, with nothing done (D6)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 0)
+    shop.log.clear()
+    info = await recovered_by_another(path, whole)
+
+    assert (info.state, shop.log) == (RunState.COMPENSATED, [])
+
+
+async def test_d6_an_owner_goes_when_its_journal_is_closed(path):
+    """While a journal is open it has one row and one file with a lock; closed, it has neither (D6)."""
+    async with SQLiteJournal(path) as one:
+        async with SQLiteJournal(path) as other:
+            tokens = sorted([one._token, other._token])
+            assert sorted(read(path, "SELECT token FROM owners")) == tokens
+            assert owner_files(path) == [path.with_name(f"sagas.db-owner-{token}") for token in tokens]
+        assert read(path, "SELECT token FROM owners") == [one._token]
+        assert owner_files(path) == [one._lock_path(one._token)]
+
+    assert read(path, "SELECT count(*) FROM owners") == [0]
+    assert [file.name for file in path.parent.iterdir()] == ["sagas.db"]
+
+
+async def test_d6_a_journal_may_be_opened_again(path):
+    """One journal object may be opened again after it was closed, as another owner (D6)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with journal:
+        await journal.run(abc(shop), run_id="r")
+        token = journal._token
+    async with journal:
+        assert journal._token != token
+        assert (await journal.run(abc(shop), run_id="r")).state is SagaState.COMPLETED
+
+    assert shop.log == ["a", "b", "c"]
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+async def test_runs_are_listed_with_how_they_stand(path):
+    """A list tells of each run how it stands, what it ended with, and whether it is in hand."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        await journal.run(Saga([shop.step("x")], name="v", version="2"), run_id="done")
+        await journal.run(abc(shop, fails=Boom("b")), run_id="back", exceptions=Boom)
+        await journal.run(abc(shop, fails=Boom()), run_id="mute", exceptions=Boom)
+        with pytest.raises(Exception, match="stuck"):
+            await journal.run(stuck(shop), run_id="stuck")
+        async with under_way(journal, shop):
+            listed = await journal.runs()
+            running = await journal.runs(state=RunState.RUNNING)
+
+    assert [(run.run_id, run.saga, run.version, run.state, run.alive) for run in listed] == [
+        ("done", "v", "2", RunState.COMPLETED, False),
+        ("back", "s", None, RunState.COMPENSATED, False),
+        ("mute", "s", None, RunState.COMPENSATED, False),
+        ("stuck", "stuck", None, RunState.FAILED, False),
+        ("r", "s", None, RunState.RUNNING, True),
+    ]
+    assert [run.error for run in listed[:3]] == [None, "Boom: b", "Boom"]
+    assert listed[3].error.startswith("CompensationFailed: ")
+    assert all(run.started <= run.ended for run in listed[:-1])
+    assert (listed[-1].ended, listed[-1].error) == (None, None)
+    assert running == listed[-1:]
+
+
+async def test_a_history_gives_the_events_in_their_order(path):
+    """What is recorded of a run is read by its id; a run that is not there is an error that says so."""
+    async with SQLiteJournal(path) as journal:
+        await journal.run(Saga([Saga([Shop().step("a")])], name="s"), run_id="r")
+        events = await journal.history("r")
+        with pytest.raises(JournalError, match=r"run 'other' is not in the journal .*sagas\.db$"):
+            await journal.history("other")
+
+    assert [(event.kind, event.path, event.name, event.data) for event in events] == [
+        (EventKind.STARTED, (0, 0), "a", b""),
+        (EventKind.DONE, (0, 0), "a", b'"result of a"'),
+    ]
+    assert 0 < events[0].at <= events[1].at
+
+
+async def test_prune_forgets_what_has_ended_well(path):
+    """Runs that completed or were taken back go, with their events; the others stay, as does the lock."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal, SQLiteJournal(path) as other:
+        await journal.run(abc(shop), run_id="done")
+        await journal.run(abc(shop, fails=Boom("b")), run_id="back", exceptions=Boom)
+        with pytest.raises(Exception, match="stuck"):
+            await journal.run(stuck(shop), run_id="stuck")
+        async with under_way(journal, shop):
+            assert await journal.prune(before=0) == 0
+            assert len(await journal.runs()) == 4
+            assert await journal.prune(before=LATER) == 2
+            assert [run.run_id for run in await journal.runs()] == ["stuck", "r"]
+        assert read(path, "SELECT DISTINCT run_id FROM runs JOIN events ON run = id ORDER BY 1") == [
+            "r",
+            "stuck",
+        ]
+        assert read(path, "SELECT count(*) FROM events WHERE run NOT IN (SELECT id FROM runs)") == [0]
+        assert len(owner_files(path)) == 2
+
+        assert await other.prune(before=LATER) == 1
+        await journal.run(abc(shop), run_id="done")
+        assert shop.log[-3:] == ["a", "b", "c"]  # forgotten, it has run anew
+
+
+async def test_d6_prune_forgets_owners_that_are_dead(path):
+    """An owner that is dead goes, with its file, once nothing is left of its runs (D6)."""
+    whole = abc(Shop())
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+    async with SQLiteJournal(path) as one, SQLiteJournal(path) as other:
+        living = {one._token, other._token}
+        await one.prune(before=LATER)
+        assert set(read(path, "SELECT token FROM owners")) == {*living, "dead"}
+        await one.recover([whole])
+        await one.prune(before=LATER)
+        assert set(read(path, "SELECT token FROM owners")) == living
+        assert len(owner_files(path)) == 2
+
+
+# --- tried again ----------------------------------------------------------------------------------
+
+
+async def test_d8_a_failed_run_is_tried_again(path):
+    """A run that could not be taken back is listed as failed, and taken back by `retry` (D8)."""
+    broken = [True]
+    seen: list[Any] = []
+    shop = Shop()
+
+    def back_fails() -> bool:
+        seen.append(read(path, "SELECT state, ended, error FROM runs"))
+        return broken[0]
+
+    whole = stuck(shop, back_fails)
+    async with SQLiteJournal(path) as journal:
+        with pytest.raises(Exception, match="stuck"):
+            await journal.run(whole, run_id="r")
+        assert shop.there == {"a"}
+        broken[0] = False
+    async with SQLiteJournal(path) as journal:
+        (failed,) = await journal.runs(state=RunState.FAILED)
+        assert (await journal.recover([whole])).recovered == ()
+        with pytest.raises(Boom, match="^b\n"):
+            await journal.retry(whole, failed.run_id)
+        (info,) = await journal.runs()
+        with pytest.raises(
+            JournalError, match="run 'r' is compensated; only a failed run can be tried"
+        ):
+            await journal.retry(whole, "r")
+        with pytest.raises(JournalError, match="run 'other' is not in the journal; only a failed run"):
+            await journal.retry(whole, "other")
+
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+    numbers = read(path, "SELECT seq FROM events ORDER BY seq")
+    assert numbers == list(range(len(numbers)))
+    assert seen == [[("running", None, None)]] * 2  # while it is tried, it has not ended
+    assert ("retry", "stuck") in kinds(path)
+
+
+async def test_a_completed_run_is_opened_again_by_its_rollback(path):
+    """`Outcome.rollback` of a run that is recorded as completed is recorded too, and ends it anew."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        outcome = await journal.run(abc(shop), run_id="r")
+        await outcome.rollback()
+        (info,) = await journal.runs()
+
+    assert (info.state, info.alive, shop.there) == (RunState.COMPENSATED, False, set())
+    numbers = read(path, "SELECT seq FROM events ORDER BY seq")
+    assert numbers == list(range(13))
+    assert read(path, "SELECT owner, value, ended IS NULL FROM runs") == [(None, b"", 0)]
+
+
+# --- a journal that fails -------------------------------------------------------------------------
+
+
+async def test_d8_a_full_disk_takes_the_run_back(path):
+    """The disk is full: the run is taken back, what was recorded stays, and is recovered later (D8)."""
+    shop = Shop()
+    whole = Saga(
+        [shop.step("a"), Step(lambda: MANY, None, name="many"), shop.step("c")],
+        name="s",
+    )
+    async with SQLiteJournal(path) as journal:
+
+        def fill(connection):
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        await on_connection(journal, fill)
+        with pytest.raises(JournalError) as caught:
+            await journal.run(whole, run_id="r")
+        assert f"journal {path} cannot be written: database or disk is full;" in str(caught.value)
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+        assert shop.log == ["a", "-a"]
+        (info,) = await journal.runs()
+        assert (info.state, info.alive) == (RunState.RUNNING, False)
+
+    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "many")]
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d8_a_full_disk_lets_no_run_begin(path):
+    """The disk is full: a run of which not even the start can be recorded does nothing (D8)."""
+    shop = Shop()
+    whole = Saga([Step(shop.put, None, name="put")], name="s")
+    async with SQLiteJournal(path) as journal:
+        pages = "PRAGMA max_page_count = 1"
+        await on_connection(journal, lambda connection: connection.execute(pages))
+        with pytest.raises(JournalError, match="database or disk is full"):
+            await journal.run(whole, MANY, run_id="r")
+        assert await journal.runs() == []
+
+    assert shop.log == []
+
+
+async def test_d8_a_locked_file_takes_the_run_back(path):
+    """Somebody else writes for too long: the run is taken back, and recovered when the file is free (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalError, match=r"sagas\.db cannot be written: database is locked;"):
+                await journal.run(whole, run_id="r")
+            assert shop.log == ["a", "b", "-b", "-a"]
+        # It cannot say that it is gone; but its lock is.
+        assert owner_files(path) == []
+        with pytest.raises(JournalError, match=r"sagas\.db cannot be opened: database is locked$"):
+            await opened_once(path, busy_timeout=0)
+        assert owner_files(path) == []
+        somebody.execute("ROLLBACK")
+
+    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "b")]
+    assert len(read(path, "SELECT token FROM owners")) == 1
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+    async with SQLiteJournal(path) as journal:
+        await journal.prune(before=LATER)
+        assert read(path, "SELECT token FROM owners") == [journal._token]
+
+
+async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):
+    """The file cannot be written any more: the run is taken back, and recovered when it can (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+
+        async def protect():
+            await on_connection(journal, lambda c: c.execute("PRAGMA query_only = ON"))
+
+        steps = [shop.step("a"), Step(protect, None, name="b"), shop.step("c")]
+        with pytest.raises(JournalError, match="attempt to write a readonly database"):
+            await journal.run(Saga(steps, name="s"), run_id="r")
+        assert shop.log == ["a", "-a"]
+
+    assert kinds(path)[:3] == [("started", "a"), ("done", "a"), ("started", "b")]
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d8_a_journal_that_is_closed_in_the_middle_of_a_run_takes_it_back(path):
+    """Closed while a run is under way, a journal takes it back, and what it had recorded is there (D8)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(journal)
+        async with under_way(journal, shop) as whole:
+            await stack.aclose()
+            assert read(path, "SELECT state, owner FROM runs") == [("running", None)]
+        assert shop.log == ["a", "-a"]
+
+    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "pause")]
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d8_a_run_says_why_it_was_taken_back_when_its_journal_is_closed(path):
+    """What a run raises whose journal was closed names the file, and what to do (D8)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(journal)
+        whole = Saga([shop.step("a"), Step(stack.aclose, None, name="close"), shop.step("c")], name="s")
+        with pytest.raises(JournalError, match=r"sagas\.db is not open: use it within `async with`\n"):
+            await journal.run(whole, run_id="r")
+
+    assert shop.log == ["a", "-a"]
+
+
+# --- files and options that cannot work -----------------------------------------------------------
+
+
+def a_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def no_directory(path: Path) -> None:
+    path.parent.rmdir()
+
+
+def a_text(path: Path) -> None:
+    path.write_text("to do: buy milk\n" * 100)
+
+
+def of_something_else(path: Path) -> None:
+    write(path, "CREATE TABLE customers (id)")
+
+
+def of_a_newer_release(path: Path) -> None:
+    anyio.run(opened_once, path)
+    write(path, "PRAGMA user_version = 2")
+
+
+def cut_short(path: Path) -> None:
+    anyio.run(opened_once, path)
+    with path.open("r+b") as file:
+        file.truncate(3000)
+
+
+def with_a_broken_page(path: Path) -> None:
+    anyio.run(opened_once, path)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096)
+
+
+def without_its_tables(path: Path) -> None:
+    anyio.run(opened_once, path)
+    write(path, "DROP TABLE owners")
+
+
+BAD_FILES = {
+    a_directory: "cannot be opened: unable to open database file",
+    no_directory: "cannot be opened: .*No such file or directory",
+    a_text: "cannot be opened: file is not a database",
+    of_something_else: "is the database of something else, and no journal; it was left as it is",
+    of_a_newer_release: "has format 2, of a newer release of pysagas; .* knows formats up to 1: upgrade it",
+    cut_short: "cannot be opened: database disk image is malformed",
+    with_a_broken_page: "cannot be opened: database disk image is malformed",
+    without_its_tables: "cannot be opened: no such table: owners",
+}
+
+
+@pytest.fixture(params=BAD_FILES, ids=lambda make: make.__name__)
+def bad_file(request, tmp_path) -> tuple[Path, str]:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    request.param(folder / "sagas.db")
+    return folder / "sagas.db", BAD_FILES[request.param]
+
+
+async def test_d8_a_file_that_is_no_journal_is_refused_and_left_as_it_is(bad_file):
+    """What cannot be opened is refused with its place and the reason, and nothing is left behind (D8)."""
+    path, reason = bad_file
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(JournalError, match=reason) as caught:
+        await opened_once(path)
+
+    assert str(path) in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert owner_files(path) == []
+
+
+async def test_d8_a_file_that_may_not_be_written_is_refused(path, monkeypatch):
+    """What the operating system says of a file that may not be written is told, with its place (D8)."""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        JournalError, match=r"journal .*sagas\.db cannot be opened: .*Permission denied"
+    ):
+        await opened_once(path)
+
+
+async def test_d8_a_journal_beside_which_no_lock_can_be_made_is_refused(tmp_path):
+    """Where there can be no file with a lock, the journal is not opened, and says why (D8)."""
+    path = tmp_path / ("x" * 230)  # with what is added for the lock, it is longer than a name may be
+    with pytest.raises(JournalError, match=r"journal .*xxx cannot be .*: .*too long"):
+        await opened_once(path)
+
+
+async def test_d8_a_refused_file_is_opened_once_it_is_mended(path):
+    """A journal that could not be opened may be opened later (D8)."""
+    of_something_else(path)
+    journal = SQLiteJournal(path)
+    with pytest.raises(JournalError, match="something else"):
+        await journal.__aenter__()
+    path.unlink()
+    async with journal:
+        assert await journal.runs() == []
+
+
+@pytest.mark.parametrize("path", [":memory:", ""])
+async def test_a_journal_without_a_file_is_refused(path):
+    """A path that names no file is refused, with what to use instead."""
+    with pytest.raises(ValueError, match=f"'{path}' names no file.*for tests there is MemoryJournal"):
+        SQLiteJournal(path)
+
+
+async def test_a_synchronous_that_promises_nothing_is_refused(path):
+    """Only the two levels that keep promises are taken."""
+    with pytest.raises(ValueError, match='synchronous must be "FULL" or "NORMAL", not \'OFF\''):
+        SQLiteJournal(path, synchronous="OFF")
+
+
+async def test_a_journal_that_is_open_cannot_be_opened(path):
+    """Opened twice, a journal says so, and stays open."""
+    async with SQLiteJournal(path) as journal:
+        with pytest.raises(JournalError, match=r"journal .*sagas\.db is open already"):
+            await journal.__aenter__()
+        assert await journal.runs() == []
+
+
+async def test_a_journal_that_is_not_open_cannot_be_used(path):
+    """Used before `async with`, or after it, a journal says what is missing; no file is made."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    with pytest.raises(JournalError, match=r"sagas\.db is not open: use it within `async with`"):
+        await journal.run(abc(shop), run_id="r")
+    assert not path.exists()
+    async with journal:
+        pass
+    with pytest.raises(JournalError, match=r"sagas\.db is not open: use it within `async with`"):
+        await journal.runs()
+    with pytest.raises(JournalError, match="is not open"):
+        await journal.__aexit__(None, None, None)
+
+    assert shop.log == []
+
+
+async def test_a_journal_shows_its_file(path, monkeypatch):
+    """Its repr is the whole path, also of one that was given from where the process stands."""
+    monkeypatch.chdir(path.parent)
+
+    assert repr(SQLiteJournal("sagas.db")) == f"<SQLiteJournal {path}>"

@@ -1,0 +1,401 @@
+"""The thread that writes: what is in one commit, who waits for it, and what its failure takes along."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import create_task_group, fail_after, wait_all_tasks_blocked
+
+from pysagas.durable import JournalError
+from pysagas.durable._writer import Writer
+
+pytestmark = pytest.mark.anyio
+
+ENOUGH = 5  # seconds, within which what hangs is found to hang
+TABLE = """CREATE TABLE IF NOT EXISTS events
+    (run, seq, kind, path, name, data, at, PRIMARY KEY (run, seq))"""
+
+
+class Disk:
+    """A database, and what was done to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.statements: list[str] = []
+        self.threads: set[str] = set()
+        self.closed = 0
+        self.woken = 0
+
+    def connect(self) -> sqlite3.Connection:
+        self.threads.add(threading.current_thread().name)
+        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        connection.execute(TABLE)
+        connection.set_trace_callback(self.statements.append)
+        return connection
+
+    def close(self, connection: sqlite3.Connection) -> None:
+        self.threads.add(threading.current_thread().name)
+        connection.close()
+        self.closed += 1
+
+    def writer(self) -> Writer:
+        writer = Writer(self.connect, self.close, "journal here")
+        in_loop = writer._in_loop
+
+        def count(wake: Any) -> None:
+            self.woken += 1
+            in_loop(wake)
+
+        writer._in_loop = count
+        return writer
+
+    def commits(self) -> int:
+        return self.statements.count("COMMIT")
+
+    def numbers(self) -> list[int]:
+        with closing(sqlite3.connect(self.path)) as connection:
+            return [seq for (seq,) in connection.execute("SELECT seq FROM events ORDER BY rowid")]
+
+
+@pytest.fixture
+def disk(tmp_path) -> Disk:
+    return Disk(tmp_path / "rows.db")
+
+
+@asynccontextmanager
+async def running(disk: Disk) -> AsyncIterator[Writer]:
+    """A writer whose first batch, in which it was opened, is not counted."""
+    writer = disk.writer()
+    await writer.start()
+    disk.statements.clear()
+    disk.woken = 0
+    try:
+        with fail_after(ENOUGH):
+            yield writer
+    finally:
+        await writer.stop()
+
+
+@asynccontextmanager
+async def busy(writer: Writer) -> AsyncIterator[None]:
+    """A batch is being written for the length of the block."""
+    began, go = threading.Event(), threading.Event()
+
+    def work(_: sqlite3.Connection) -> None:
+        began.set()
+        assert go.wait(ENOUGH)
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(writer.call, work)
+        await anyio.to_thread.run_sync(began.wait)
+        try:
+            yield
+        finally:
+            go.set()
+
+
+def row(number: int) -> Any:
+    return (1, number, "started", "0", "a", b"", 0.0)
+
+
+async def submit(writer: Writer, number: int, errors: list[JournalError] | None = None) -> None:
+    writer.append(row(number))
+    try:
+        await writer.flush()
+    except JournalError as error:
+        assert errors is not None
+        errors.append(error)
+
+
+def insert(connection: sqlite3.Connection, number: int) -> int:
+    connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", row(number))
+    return number
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+async def test_d7_what_comes_while_a_batch_is_written_is_the_next_batch(disk):
+    """Rows of many tasks that come during a commit are on disk by one commit, in their order (D7)."""
+    async with running(disk) as writer:
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                for number in range(50):
+                    writer.append(row(number))
+                    tasks.start_soon(writer.flush)
+                await wait_all_tasks_blocked()
+                assert disk.numbers() == []
+
+        assert disk.numbers() == list(range(50))
+        assert disk.commits() == 2  # that of the batch in whose time they came, and theirs
+
+
+async def test_d7_waiters_are_woken_once_a_batch(disk):
+    """However many wait for a batch, the thread calls into the event loop once for it (D7)."""
+    async with running(disk) as writer:
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                for number in range(50):
+                    tasks.start_soon(submit, writer, number)
+                    tasks.start_soon(writer.call, len_of_nothing)
+                await wait_all_tasks_blocked()
+                assert disk.woken == 0
+
+        assert disk.woken == 2
+
+
+def len_of_nothing(_: sqlite3.Connection) -> int:
+    return 0
+
+
+async def test_d7_one_after_the_other_each_waits_for_its_own_commit(disk):
+    """What is waited for one by one is not put off: there is a commit for each (D7)."""
+    async with running(disk) as writer:
+        for number in range(5):
+            await submit(writer, number)
+            assert disk.numbers() == list(range(number + 1))
+
+        assert (disk.commits(), disk.woken) == (5, 5)
+
+
+async def test_d7_a_flush_with_nothing_to_write_returns_at_once(disk):
+    """Where nothing was taken since, a flush waits for nothing, and nothing is committed (D7)."""
+    writer = disk.writer()
+    await writer.flush()  # it does not even run
+    async with running(disk) as writer:
+        await writer.flush()
+        await submit(writer, 0)
+        commits = disk.commits()
+        for _ in range(3):
+            await writer.flush()
+
+        assert disk.commits() == commits == 1
+
+
+async def test_d7_a_cancelled_flush_leaves_its_rows_to_be_written(disk):
+    """Who is cancelled while it waits takes back nothing: its rows are written with their batch (D7)."""
+    async with running(disk) as writer:
+        async with busy(writer), create_task_group() as tasks:
+            tasks.start_soon(submit, writer, 0)
+            await wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        await writer.flush()
+
+        assert disk.numbers() == [0]
+
+
+async def test_a_job_comes_after_the_rows_that_were_taken_before_it(disk):
+    """A function finds the rows that were taken before it, in its transaction, and gives its result."""
+
+    def count(connection: sqlite3.Connection) -> Any:
+        assert connection.in_transaction
+        return connection.execute("SELECT count(*) FROM events").fetchone()
+
+    async with running(disk) as writer:
+        writer.append(row(0))
+        writer.append(row(1))
+        assert await writer.call(count) == (2,)
+        assert await writer.call(partial(insert, number=2)) == 2
+        assert disk.numbers() == [0, 1, 2]
+
+
+async def test_all_work_is_done_on_one_thread(disk):
+    """The database is opened, used and closed on one thread, and that is not the event loop's."""
+    async with running(disk) as writer:
+        disk.threads.add(await writer.call(lambda _: threading.current_thread().name))
+
+    assert disk.threads == {"pysagas journal"}
+    assert disk.closed == 1
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+async def test_d7_a_batch_that_fails_is_not_written_at_all(disk):
+    """One row that cannot be written leaves out its whole batch, and all who wait are told (D7, D8)."""
+    errors: list[JournalError] = []
+    async with running(disk) as writer:
+        await submit(writer, 2)
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                for number in range(5):  # the third is there already
+                    tasks.start_soon(submit, writer, number, errors)
+                await wait_all_tasks_blocked()
+        assert disk.numbers() == [2]
+        assert len(errors) == 5
+        # Whoever asks again is told again, and nothing more of that run is taken.
+        with pytest.raises(JournalError) as caught:
+            await writer.flush()
+        with pytest.raises(JournalError):
+            writer.append(row(3))
+        writer.forget(row(3)[0])
+        await submit(writer, 3)
+
+        assert disk.numbers() == [2, 3]
+    reason = "UNIQUE constraint failed: events.run, events.seq"
+    (told,) = {str(error) for error in errors}
+    assert told.startswith(f"journal here cannot be written: {reason};")
+    assert str(caught.value) == str(errors[0])
+    assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
+
+
+async def test_d7_a_job_that_raises_leaves_the_work_of_the_others(disk):
+    """What a function raises comes out of its own call alone, and its batch is written (D7)."""
+    error = ValueError("refused")
+    caught = []
+
+    def refuse(connection: sqlite3.Connection) -> None:
+        raise error
+
+    async def call() -> None:
+        with pytest.raises(ValueError) as info:
+            await writer.call(refuse)
+        caught.append(info.value)
+
+    async with running(disk) as writer:
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                tasks.start_soon(submit, writer, 0)
+                await wait_all_tasks_blocked()
+                tasks.start_soon(call)
+                await wait_all_tasks_blocked()
+                tasks.start_soon(writer.call, partial(insert, number=1))
+                await wait_all_tasks_blocked()
+
+        assert disk.numbers() == [0, 1]
+        assert disk.commits() == 2
+    assert caught == [error]
+
+
+async def test_d8_a_job_to_which_the_database_says_no_fails_its_batch(disk):
+    """A database that fails in a function fails the batch, for nobody knows what is left of it (D8)."""
+    async with running(disk) as writer:
+        writer.append(row(0))
+        with pytest.raises(
+            JournalError, match="journal here cannot be written: no such table: missing"
+        ):
+            await writer.call(lambda connection: connection.execute("SELECT * FROM missing"))
+        assert disk.numbers() == []
+        assert disk.statements[-1] == "ROLLBACK"
+
+
+async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_again(disk):
+    """Where SQLite has ended the transaction itself, the reason is told, and the next batch works (D8)."""
+    again = "INSERT OR ROLLBACK INTO events SELECT * FROM events"
+    async with running(disk) as writer:
+        await submit(writer, 0)
+        writer.append(row(1))
+        with pytest.raises(JournalError, match="cannot be written: UNIQUE constraint failed"):
+            await writer.call(lambda connection: connection.execute(again))
+        assert "ROLLBACK" not in disk.statements
+        writer.forget(row(1)[0])
+        await submit(writer, 2)
+
+        assert disk.numbers() == [0, 2]
+
+
+async def test_d8_a_batch_that_cannot_begin_is_not_written(disk):
+    """While somebody else writes for longer than is waited, batches fail; later ones are written (D8)."""
+    async with running(disk) as writer:
+        with closing(sqlite3.connect(disk.path, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            errors: list[JournalError] = []
+            await submit(writer, 0, errors)
+            (told,) = map(str, errors)
+            assert told.startswith("journal here cannot be written: database is locked;")
+        writer.forget(row(0)[0])
+        await submit(writer, 1)
+
+        assert disk.numbers() == [1]
+
+
+async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):
+    """What opening raised is why it does not start; it can be stopped, and there is nothing to close (D8)."""
+    disk.path.mkdir()
+    writer = disk.writer()
+    with pytest.raises(
+        JournalError, match="journal here cannot be written: unable to open database file"
+    ):
+        await writer.start()
+    # Nothing that is given to it is kept waiting.
+    with pytest.raises(JournalError, match="unable to open database file"):
+        await writer.call(len_of_nothing)
+    await writer.stop()
+
+    assert disk.closed == 0
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+async def test_stop_writes_what_is_left(disk):
+    """What was taken when it is stopped is written before the database is closed."""
+    writer = disk.writer()
+    await writer.start()
+    async with create_task_group() as tasks:
+        async with busy(writer):
+            for number in range(3):
+                writer.append(row(number))
+            tasks.start_soon(writer.stop)
+            await wait_all_tasks_blocked()
+            assert disk.closed == 0
+
+    assert disk.numbers() == [0, 1, 2]
+    assert disk.closed == 1
+
+
+async def test_stop_is_not_cut_off(disk):
+    """Stopped in a cancelled scope, it writes what is left all the same."""
+    writer = disk.writer()
+    await writer.start()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        writer.append(row(0))
+        await writer.stop()
+
+    assert (disk.numbers(), disk.closed) == ([0], 1)
+
+
+async def test_nothing_is_called_after_the_end(disk):
+    """Once it is being stopped, a function is refused with the place of the journal."""
+    async with running(disk) as writer:
+        await submit(writer, 0)
+    with pytest.raises(JournalError, match="^journal here is closed$"):
+        await writer.call(partial(insert, number=1))
+    await writer.flush()  # what was taken is on disk
+
+    assert disk.numbers() == [0]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_is_left_is_written_when_its_event_loop_is_gone(disk, backend):
+    """A writer that outlives its event loop has nobody to wake, and ends all the same."""
+    began, go = threading.Event(), threading.Event()
+
+    def work(_: sqlite3.Connection) -> None:
+        began.set()
+        assert go.wait(ENOUGH)
+
+    async def leave() -> Writer:
+        writer = disk.writer()
+        await writer.start()
+        async with create_task_group() as tasks:
+            tasks.start_soon(writer.call, work)
+            await anyio.to_thread.run_sync(began.wait)
+            writer.append(row(0))
+            tasks.cancel_scope.cancel()
+        return writer
+
+    writer = anyio.run(leave, backend=backend)
+    go.set()
+    anyio.run(writer.stop, backend=backend)
+
+    assert (disk.numbers(), disk.closed) == ([0], 1)
