@@ -453,7 +453,8 @@ class Journal(ABC):
                         await self._release(key)
                     else:
                         await self._end(key, Ending(STATES[later.state], b"", None))
-        return cast("Outcome[T]", later)
+        assert later is not None
+        return later
 
     async def _ended(
         self,
