@@ -408,7 +408,8 @@ async def test_recover_has_a_limit(disk, shop):
     async with disk.process() as journal:
         report = await journal.recover([whole], limit=2)
 
-    assert (5, 2) == (len(report.recovered), most)
+    assert 5 == len(report.recovered)
+    assert most <= 2
 
 
 async def test_recover_leaves_runs_that_are_under_way(journal, shop):

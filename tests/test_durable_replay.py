@@ -999,8 +999,8 @@ async def test_d3_a_commit_that_is_being_written_is_not_cut_off_by_a_scope():
 async def test_d3_a_commit_that_is_being_written_is_not_cut_off_natively():
     """The same for ``task.cancel()``, which no shield keeps away; and it is not lost (D3)."""
     shop = Shop()
+    cancel_while_committing(shop, lambda: task.cancel())  # set before an eager task begins
     task = asyncio.ensure_future(first_life(shop, passing_commit(shop)))
-    cancel_while_committing(shop, task.cancel)
     await asyncio.wait([task])
 
     assert task.cancelled()
