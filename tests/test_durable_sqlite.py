@@ -582,6 +582,27 @@ async def test_d8_a_locked_file_takes_the_run_back(path):
         assert read(path, "SELECT token FROM owners") == [journal._token]
 
 
+async def test_d8_a_file_that_others_open_at_the_same_time_is_waited_for(path, monkeypatch):
+    """SQLite waits for nobody where two switch to WAL mode at once; the journal tries again (D8)."""
+    tried: list[str] = []
+
+    class Switching(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if "journal_mode = WAL" in sql:
+                tried.append(sql)
+                if len(tried) == 1:
+                    error = sqlite3.OperationalError("database is locked")
+                    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                    raise error
+            return super().execute(sql, *parameters)
+
+    connect = partial(sqlite3.connect, factory=Switching)
+    monkeypatch.setattr("pysagas.durable._sqlite.sqlite3.connect", connect)
+    await opened_once(path)
+
+    assert len(tried) == 2
+
+
 async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):
     """The file cannot be written any more: the run is taken back, and recovered when it can (D8)."""
     shop = Shop()

@@ -201,7 +201,7 @@ class SQLiteJournal(Journal):
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._check_format(connection)
-        connection.execute("PRAGMA journal_mode = WAL")
+        self._use_wal(connection)
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         # The log grows once and is written over, which is faster than to make it anew.
         connection.execute("PRAGMA journal_size_limit = -1")
@@ -221,6 +221,23 @@ class SQLiteJournal(Journal):
             ).lastrowid,
         )
         connection.execute("COMMIT")
+
+    def _use_wal(self, connection: sqlite3.Connection) -> None:
+        """Switches to WAL mode, and waits its turn where others open the file at the same time.
+
+        SQLite does not wait by itself: of two connections that switch at once, each holds what the
+        other needs, so it tells one of them at once that the file is locked.
+        """
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+            else:
+                return
 
     def _check_format(self, connection: sqlite3.Connection) -> bool:
         """Tells whether the file is a journal already, and not a new one.
