@@ -173,26 +173,23 @@ class Shop:
 
 def problems_of(shop: Shop, events: Iterable[Event]) -> list[str]:
     """What an ended run's journal and shop say against each other."""
-    problems = []
-    started: Counter[str] = Counter()
+    history = list(events)
+    started = Counter(event.name for event in history if event.kind is EventKind.STARTED)
+    compensated = Counter(event.name for event in history if event.kind is EventKind.COMPENSATED)
     ended: set[str] = set()
-    compensated: set[str] = set()
-    for event in events:
-        if event.kind is EventKind.STARTED:
-            started[event.name] += 1
-            if event.name in ended:
-                problems.append(f"{event.name} began again, though its end was recorded")
-        elif event.kind in (EventKind.DONE, EventKind.FAILED):
+    problems = [
+        f"{name} was taken back {times} times" for name, times in compensated.items() if times > 1
+    ]
+    for event in history:
+        if event.kind is EventKind.STARTED and event.name in ended:
+            problems.append(f"{event.name} began again, though its end was recorded")
+        if event.kind in (EventKind.DONE, EventKind.FAILED):
             ended.add(event.name)
-        elif event.kind is EventKind.COMPENSATED:
-            if event.name in compensated:
-                problems.append(f"{event.name} was taken back again, though that was recorded")
-            compensated.add(event.name)
     problems += [
         f"{name} began {times} times, and {started[name]} beginnings were recorded"
         for name, times in shop.begun.items()
         if times > started[name]
     ]
     problems += [f"{name} has several keys" for name, keys in shop.keys.items() if len(keys) > 1]
-    problems += [f"{name} was taken back, and stands" for name in compensated & shop.there]
+    problems += [f"{name} was taken back, and stands" for name in sorted({*compensated} & shop.there)]
     return problems

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import pysagas
+import pysagas.durable
 import pysagas.testing
 import sagas
 
@@ -79,12 +80,35 @@ PROMISED_FOR_TESTS = {
     "virtual_time",
 }
 
+PROMISED_FOR_JOURNALS = {
+    "Codec",
+    "Event",
+    "EventKind",
+    "Interrupted",
+    "Journal",
+    "JournalError",
+    "MemoryJournal",
+    "NotRecordable",
+    "OtherRun",
+    "RecordedError",
+    "Recovered",
+    "RecoveryReport",
+    "RunInProgress",
+    "RunInfo",
+    "RunInterrupted",
+    "RunState",
+    "SQLiteJournal",
+    "SagaChanged",
+}
+
 
 # --- the public names -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "module", [pysagas, sagas, pysagas.testing], ids=lambda module: module.__name__
+    "module",
+    [pysagas, sagas, pysagas.testing, pysagas.durable],
+    ids=lambda module: module.__name__,
 )
 def test_all_is_complete_and_sorted(module):
     """`__all__` lists every public name of the package, in order, each once."""
@@ -101,10 +125,15 @@ def test_promised_names():
     """The names that the design promises are there."""
     assert set() == PROMISED - set(pysagas.__all__)
     assert set() == PROMISED_FOR_TESTS - set(pysagas.testing.__all__)
+    assert set() == PROMISED_FOR_JOURNALS - set(pysagas.durable.__all__)
 
 
 def public_objects() -> Iterator[tuple[str, object]]:
-    for module, prefix in ((pysagas, ""), (pysagas.testing, "testing.")):
+    for module, prefix in (
+        (pysagas, ""),
+        (pysagas.testing, "testing."),
+        (pysagas.durable, "durable."),
+    ):
         for name, value in public_objects_of(module):
             yield prefix + name, value
 
@@ -167,6 +196,18 @@ def test_import_brings_in_nothing_for_tests():
     assert not [name for name in ran.stdout.split() if name.startswith("pysagas.testing")]
 
 
+def test_import_brings_in_nothing_for_journals():
+    """Importing the library imports neither journals, nor SQLite, nor msgspec."""
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys, pysagas; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert not {"pysagas.durable", "sqlite3", "msgspec"} & set(ran.stdout.split())
+
+
 WITHOUT_EXTRAS = """
 import sys
 for name in ("hypothesis", "rich", "trio"):
@@ -193,6 +234,71 @@ def test_what_is_for_tests_needs_no_extra():
     )
 
     assert (ran.stdout, ran.stderr) == ("True\n", "")
+
+
+WITH_MSGSPEC_ALONE = """
+import sys
+for name in ("hypothesis", "rich", "trio", "typer"):
+    sys.modules[name] = None
+import anyio
+from pysagas import Saga, Step
+from pysagas.durable import SQLiteJournal
+
+async def nothing():
+    pass
+
+async def main():
+    async with SQLiteJournal(sys.argv[1]) as journal:
+        print((await journal.run(Saga([Step(nothing)], name="s"), run_id="r")).state.name)
+
+anyio.run(main)
+"""
+
+
+def test_a_journal_needs_no_extra_but_its_own(tmp_path):
+    """Without Hypothesis, rich, Trio and typer, runs are journaled all the same."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITH_MSGSPEC_ALONE, str(tmp_path / "sagas.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ran.stdout, ran.stderr) == ("COMPLETED\n", "")
+
+
+WITHOUT_MSGSPEC = """
+import sys
+sys.modules["msgspec"] = None
+from pysagas.durable import MemoryJournal, SQLiteJournal
+
+class Plain:
+    def encode(self, value):
+        return repr(value).encode()
+    def decode(self, data, kind):
+        return data
+
+for make in (MemoryJournal, lambda: SQLiteJournal("sagas.db")):
+    try:
+        make()
+    except ImportError as error:
+        print(error)
+MemoryJournal(Plain())
+SQLiteJournal("sagas.db", codec=Plain())
+"""
+
+
+def test_without_msgspec_a_journal_says_what_to_install():
+    """Without msgspec the package is imported, and a journal without a codec says what it needs."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_MSGSPEC],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    line = 'a journal needs msgspec, which is not installed: pip install "pysagas[durable]"\n'
+    assert (ran.stdout, ran.stderr) == (2 * line, "")
 
 
 def test_the_package_is_typed():

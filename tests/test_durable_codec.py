@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import typing
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -922,3 +923,44 @@ async def test_d5_a_recorded_failure_is_raised_again_as_what_it_was():
 
     assert outcome.state is SagaState.COMPENSATED
     assert type(outcome.error) is type(outcome.steps[0].error) is Refused
+
+
+class Unspeakable(Exception):
+    """Cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no text")
+
+
+def test_d5_an_exception_that_cannot_say_what_it_is_is_recorded_all_the_same():
+    """Where its text cannot be made, an exception is recorded with the reason for that (D5)."""
+    recorded = encode_error(Unspeakable(object()))
+
+    assert recorded["text"] == "<its text cannot be made: AttributeError('no text')>"
+    assert isinstance(decode_error(recorded), RecordedError)
+
+
+def test_d5_a_function_that_does_not_say_what_it_takes_takes_plain_values():
+    """Some functions that are written in C have no signature: their arguments are plain (D5)."""
+    codec = JSONCodec()
+    data = encode_arguments(codec, (1, "x"), {}, min, "here")
+
+    assert decode_arguments(codec, data, min, "here") == ((1, "x"), {})
+
+
+def test_d5_arguments_that_would_come_back_as_an_equal_of_another_type_are_not_recordable():
+    """What is equal is not the same: an enum that would come back as a number is refused (D5)."""
+    with pytest.raises(NotRecordable, match="would come back as"):
+        encode_arguments(JSONCodec(), (Level.LOW,), {}, None, "here")
+
+
+@pytest.mark.parametrize("kind", [Awaitable, typing.Awaitable, typing.Coroutine])
+def test_d5_an_awaitable_of_something_says_nothing_of_the_result(kind):
+    """A function that is annotated with a bare awaitable may return anything (D5)."""
+
+    def function():
+        raise AssertionError  # pragma: no cover - it is only asked
+
+    function.__annotations__["return"] = kind
+
+    assert return_type(function) is Any

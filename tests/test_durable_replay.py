@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
+from anyio import CancelScope, create_task_group, fail_after, move_on_after
 from anyio.lowlevel import checkpoint
 from conftest import ASYNCIO, BACKENDS
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +33,7 @@ from pysagas import (
     saga,
 )
 from pysagas.durable import (
+    Event,
     EventKind,
     Interrupted,
     RecordedError,
@@ -124,7 +125,7 @@ def function(shop: Shop, *, fails: bool = False) -> Saga[..., Any]:
     async def whole(scope: SagaScope) -> str:
         for turn in range(2):
             result = await scope.step(shop.step(f"turn {turn}", undo=True))
-        if result == "result of turn 1":
+        if result == "result of turn 1":  # pragma: no branch - a replay must come by here as well
             try:
                 await scope.step(shop.step("refused", fails=Boom("refused")))
             except Boom:
@@ -353,6 +354,21 @@ async def test_d3_killed_at_any_boundary_and_again_at_any_of_the_recovery(build,
     assert count
 
 
+def test_what_a_journal_and_a_shop_say_against_each_other_is_found():
+    """The judge of the tests of this file finds what it is for."""
+    shop = Shop()
+    shop.begun["a"], shop.there, shop.keys = 3, {"a"}, {"a": {"1", "2"}}
+    kinds = [EventKind.STARTED, EventKind.DONE, EventKind.STARTED, *2 * [EventKind.COMPENSATED]]
+
+    assert [
+        "a was taken back 2 times",
+        "a began again, though its end was recorded",
+        "a began 3 times, and 2 beginnings were recorded",
+        "a has several keys",
+        "a was taken back, and stands",
+    ] == problems_of(shop, [Event(kind, (0,), "a") for kind in kinds])
+
+
 # --- cancelled, and then killed -------------------------------------------------------------------
 
 
@@ -539,7 +555,7 @@ def drawn_saga(case: Case, shop: Shop) -> Saga[..., Any]:
             else:
                 for one in part.parts:
                     await carry_out(one, scope)
-        except* Boom:
+        except (Boom, ExceptionGroup):
             if isinstance(part, Leaf) or not part.catch:
                 raise
 
@@ -901,17 +917,17 @@ async def test_d3_the_state_in_which_a_failure_left_its_step_is_recorded():
 async def test_d3_a_cancellation_is_never_recorded_as_a_result():
     """What was cut off stays in doubt; what had returned is done; what had not begun is neither (D3)."""
     shop = Shop()
-    told = Event()
+    told = anyio.Event()
 
     async def returned_and_then_waits(effect, call_next):
         result = await call_next()
         if effect.name == "returned" and effect.kind == "action":
             told.set()
-            await Event().wait()
+            await anyio.Event().wait()
         return result
 
     async def waits(attempt):
-        await Event().wait()
+        await anyio.Event().wait()
 
     members = [
         shop.step("not begun", retry=waits),
@@ -942,14 +958,14 @@ async def test_d3_a_cancellation_is_never_recorded_as_a_result():
 async def test_d3_a_step_that_was_cut_off_before_it_began_runs_when_gone_on_with(on_crash, there):
     """Killed before the rollback was on disk, a step that had not begun is run by ``resume`` (D3)."""
     shop = Shop()
-    told = Event()
+    told = anyio.Event()
     patient = False
 
     async def waits(attempt):
         if patient:
             return await attempt()
         told.set()
-        await Event().wait()
+        await anyio.Event().wait()
 
     whole = Saga([shop.step("a"), shop.step("b", retry=waits)], name="s")
     shop.journal.dies_at = 6  # STARTED, its flush, DONE, STARTED, its flush, CUT_OFF; then the rollback
@@ -999,8 +1015,8 @@ async def test_d3_a_commit_that_is_being_written_is_not_cut_off_by_a_scope():
 async def test_d3_a_commit_that_is_being_written_is_not_cut_off_natively():
     """The same for ``task.cancel()``, which no shield keeps away; and it is not lost (D3)."""
     shop = Shop()
-    cancel_while_committing(shop, lambda: task.cancel())  # set before an eager task begins
     task = asyncio.ensure_future(first_life(shop, passing_commit(shop)))
+    cancel_while_committing(shop, task.cancel)
     await asyncio.wait([task])
 
     assert task.cancelled()
@@ -1014,8 +1030,9 @@ def cancelled_in_replay(shop: Shop, cancel: Callable[[], object]) -> Saga[..., A
     async def ahead(scope: SagaScope) -> None:
         await scope.step(shop.step("b"))
         cancel()
-        for name in "cde":
-            await scope.step(shop.step(name))
+        await scope.step(shop.step("c"))
+        await scope.step(shop.step("d"))
+        await scope.step(shop.step("e"))
 
     @saga
     async def behind(scope: SagaScope) -> None:
@@ -1063,6 +1080,45 @@ async def test_d3_a_native_cancellation_does_not_cut_a_replay_short(on_crash):
 
     assert task.cancelled()
     await check_replayed_whole(shop, begun)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("last", [True, False])
+async def test_d3_a_native_cancellation_of_a_member_that_waits_for_its_turn_is_not_lost(last):
+    """A member whose task is cancelled while it waits for its turn in a replay notices it after (D3)."""
+    shop = Shop()
+    tasks: list[Any] = []
+
+    @saga
+    async def ahead(scope: SagaScope) -> None:
+        await scope.step(shop.step("b"))
+        for task in tasks:
+            task.cancel()
+        await scope.step(shop.step("c"))
+
+    @saga
+    async def behind(scope: SagaScope) -> None:
+        if replaying:
+            tasks.append(asyncio.current_task())
+        await scope.step(shop.step("a", (9, 0)))
+
+    parts = [Parallel(behind, ahead), *([] if last else [shop.step("z", (9, 9))])]
+    whole = Saga(parts, name="s")
+    replaying = False
+    if last:
+        shop.journal.dies_at = 10  # the last of them: before the end
+        await first_life(shop, whole)
+        assert EventKind.JOINED is shop.journal.events()[-1].kind
+        shop.journal = shop.journal.next_process()
+    else:
+        await killed_at(shop, whole, "z")
+    replaying = True
+    begun = shop.begun.copy()
+    with pytest.raises(asyncio.CancelledError):
+        await shop.journal.run(whole, run_id="r", on_crash="resume")
+
+    assert (RunState.COMPENSATED, set(), begun) == (await state_of(shop), shop.there, shop.begun)
 
 
 # --- the order of replay ------------------------------------------------------------------------------
@@ -1117,16 +1173,12 @@ async def test_d3_current_effect_is_there_in_a_recovery_too():
 # --- another saga (D4) --------------------------------------------------------------------------------
 
 
-async def no_text() -> str:
-    return "text"
-
-
 async def a_text() -> str:
     return "text"
 
 
 async def a_number() -> int:
-    return 3
+    return 3  # pragma: no cover - it is met where the other was recorded
 
 
 def with_result(action: Any) -> Build:
@@ -1142,6 +1194,11 @@ def of_names(names: str, **options: Any) -> Build:
 
 def grouped(names: str) -> Build:
     return lambda shop: Saga([Parallel(*map(shop.step, names)), shop.step("z")], name="s")
+
+
+def beside(names: str) -> Build:
+    """One branch stays behind, in its first step, while another goes through these."""
+    return lambda shop: Saga([Parallel(shop.step("a", (30, 0)), Saga(map(shop.step, names)))], name="s")
 
 
 def calling(*names: str) -> Build:
@@ -1168,6 +1225,7 @@ CHANGES = {
     "a step in place of a group": (grouped("ab"), of_names("az"), "z", "recorded is 'a' at (0, 0)"),
     "fewer members": (grouped("abc"), grouped("ab"), "z", "recorded is 'c' at (0, 2)"),
     "reordered members": (grouped("ab"), grouped("ba"), "z", "is there now"),
+    "renamed beside one in doubt": (beside("bcd"), beside("bxd"), "d", "'x' is there now"),
     "another result": (with_result(a_text), with_result(a_number), "c", "cannot be read as"),
 }
 
@@ -1193,13 +1251,10 @@ async def test_d4_another_saga_is_refused_and_nothing_is_touched(change, on_cras
     assert (RunState.RUNNING, False) == (await state_of(shop), report.ok)
     # And with the saga as it was, it is recovered.
     assert (await shop.journal.recover([whole], on_crash=on_crash)).ok
-    assert (set() if on_crash == "rollback" else clean_of(build)) >= shop.there
-
-
-def clean_of(build: Build) -> set[str]:
-    shop = Shop()
-    anyio_free = build(shop)
-    return {*"abcz"} if anyio_free else set()
+    assert (await state_of(shop), bool(shop.there)) == {
+        "rollback": (RunState.COMPENSATED, False),
+        "resume": (RunState.COMPLETED, True),
+    }[on_crash]
 
 
 @pytest.mark.anyio

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sqlite3
 import stat
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
@@ -15,9 +18,10 @@ from typing import Any
 import anyio
 import pytest
 from anyio import create_task_group, fail_after
+from conftest import ASYNCIO
 from mortal import Boom, Shop
 
-from pysagas import Saga, SagaState, Step, StepState
+from pysagas import Commit, Saga, SagaScope, SagaState, Step, StepState, saga
 from pysagas.durable import (
     EventKind,
     JournalError,
@@ -512,6 +516,57 @@ async def test_a_completed_run_is_opened_again_by_its_rollback(path):
     assert read(path, "SELECT owner, value, ended IS NULL FROM runs") == [(None, b"", 0)]
 
 
+async def test_d6_the_way_to_the_file_makes_no_difference(path, tmp_path):
+    """By whatever link two journals come to a file, they know each other's owners (D6)."""
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.db"
+    link.symlink_to(path)
+    shop = Shop()
+    async with SQLiteJournal(path) as journal, SQLiteJournal(link) as other:
+        async with under_way(journal, shop) as whole:
+            report = await other.recover([whole])
+            assert report.in_progress == ("r",)
+            assert [True] == [info.alive for info in await other.runs()]
+
+
+READER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+connection.close()
+"""
+
+
+async def test_d6_another_journal_in_the_process_drops_no_locks(path):
+    """A process keeps its locks on the file when it opens it again; the log is not taken from it (D6)."""
+    whole = Saga([Step(lambda: None, name="a")], name="s")
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="1")
+        await opened_once(path)
+        # Whoever closes last deletes the log: so this one must not believe to be the last.
+        ran = await anyio.run_process([sys.executable, "-c", READER, str(path)])
+        assert ran.stdout.split() == [b"1"]
+        assert Path(f"{path}-wal").exists()
+        await journal.run(whole, run_id="2")
+
+    assert read(path, "SELECT run_id FROM runs") == ["1", "2"]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_an_opening_that_is_cancelled_natively_leaves_nothing_open(path):
+    """``task.cancel()`` while the file is opened closes it again, and its lock is gone."""
+    task = asyncio.ensure_future(opened_once(path))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    threads = [thread for thread in threading.enumerate() if thread.name == "pysagas journal"]
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+
+    assert task.cancelled()
+    assert owner_files(path) == []
+
+
 # --- a journal that fails -------------------------------------------------------------------------
 
 
@@ -531,7 +586,10 @@ async def test_d8_a_full_disk_takes_the_run_back(path):
         await on_connection(journal, fill)
         with pytest.raises(JournalError) as caught:
             await journal.run(whole, run_id="r")
-        assert f"journal {path} cannot be written: database or disk is full;" in str(caught.value)
+        assert str(caught.value) == (
+            f"journal {path} cannot be written: database or disk is full; when that is mended, recover() "
+            "goes on from what it holds"
+        )
         assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
         assert shop.log == ["a", "-a"]
         (info,) = await journal.runs()
@@ -563,7 +621,10 @@ async def test_d8_a_locked_file_takes_the_run_back(path):
     with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
         async with SQLiteJournal(path, busy_timeout=0) as journal:
             shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
-            with pytest.raises(JournalError, match=r"sagas\.db cannot be written: database is locked;"):
+            with pytest.raises(
+                JournalError,
+                match=r"sagas\.db cannot be written: database is locked; when that is mended",
+            ):
                 await journal.run(whole, run_id="r")
             assert shop.log == ["a", "b", "-b", "-a"]
         # It cannot say that it is gone; but its lock is.
@@ -620,6 +681,86 @@ async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):
     assert kinds(path)[:3] == [("started", "a"), ("done", "a"), ("started", "b")]
     info = await recovered_by_another(path, whole)
     assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d8_a_result_that_was_lost_stops_the_run(path):
+    """A batch that nobody waited for is lost: the run is taken back, not recorded past the gap (D8)."""
+    shop = Shop()
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            append = journal._append
+
+            def append_and_lock(key: int, event: Any) -> None:
+                if event.kind is EventKind.DONE:
+                    somebody.execute("BEGIN IMMEDIATE")
+                append(key, event)
+
+            journal._append = append_and_lock
+
+            @saga(name="s")
+            async def whole(scope: SagaScope) -> None:
+                await scope.step(shop.step("a"))
+                with pytest.raises(JournalError, match="database is locked"):
+                    await journal._flush()
+                somebody.execute("ROLLBACK")
+                await scope.step(shop.step("b"))
+
+            with fail_after(ENOUGH), pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r")
+            assert shop.log == ["a", "-a"]
+
+    assert kinds(path) == [("started", "a")]
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_d8_an_end_that_cannot_be_recorded_takes_the_run_back(committed, path):
+    """Where the journal fails at the very end, nobody is told that the run completed (D8)."""
+    shop = Shop()
+    parts = [shop.step("a"), *([Commit()] if committed else []), shop.step("b")]
+    whole = Saga(parts, name="s")
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            end = journal._end
+
+            async def failing(key: int, ending: Any) -> None:
+                somebody.execute("BEGIN IMMEDIATE")
+                try:
+                    await end(key, ending)
+                finally:
+                    somebody.execute("ROLLBACK")
+
+            journal._end = failing
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r")
+            assert shop.there == ({"a", "b"} if committed else set())
+            assert [False] == [info.alive for info in await journal.runs()]
+    info = await recovered_by_another(path, whole)
+
+    assert info.state is (RunState.COMPLETED if committed else RunState.COMPENSATED)
+    assert shop.there == ({"a", "b"} if committed else set())
+
+
+@pytest.mark.parametrize("expected", [(), Boom])
+async def test_d8_an_end_that_cannot_be_recorded_of_a_run_that_failed(expected, path):
+    """The same for a run that was taken back: the journal's failure is raised, after the run's own (D8)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), shop.step("b", fails=Boom("b"))], name="s")
+    async with SQLiteJournal(path) as journal:
+
+        async def failing(key: int, ending: Any) -> None:
+            raise JournalError("no end")
+
+        journal._end = failing
+        with pytest.raises(JournalError, match="no end") as caught:
+            await journal.run(whole, run_id="r", exceptions=expected)
+        assert shop.there == set()
+        assert expected or isinstance(caught.value.__context__, Boom)
+        with anyio.CancelScope() as scope:
+            shop.moments["a"] = scope.cancel
+            await journal.run(whole, run_id="cancelled")
+        assert scope.cancelled_caught
 
 
 async def test_d8_a_journal_that_is_closed_in_the_middle_of_a_run_takes_it_back(path):

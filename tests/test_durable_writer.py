@@ -102,8 +102,11 @@ async def busy(writer: Writer) -> AsyncIterator[None]:
             go.set()
 
 
-def row(number: int) -> Any:
-    return (1, number, "started", "0", "a", b"", 0.0)
+REMEDY = "when that is mended, recover() goes on from what it holds"
+
+
+def row(number: int, run: int = 1) -> Any:
+    return (run, number, "started", "0", "a", b"", 0.0)
 
 
 async def submit(writer: Writer, number: int, errors: list[JournalError] | None = None) -> None:
@@ -231,18 +234,15 @@ async def test_d7_a_batch_that_fails_is_not_written_at_all(disk):
                 await wait_all_tasks_blocked()
         assert disk.numbers() == [2]
         assert len(errors) == 5
-        # Whoever asks again is told again, and nothing more of that run is taken.
+        # Whoever asks again is told again, until something else was taken.
         with pytest.raises(JournalError) as caught:
             await writer.flush()
-        with pytest.raises(JournalError):
-            writer.append(row(3))
-        writer.forget(row(3)[0])
+        writer.forget(1)
         await submit(writer, 3)
 
         assert disk.numbers() == [2, 3]
     reason = "UNIQUE constraint failed: events.run, events.seq"
-    (told,) = {str(error) for error in errors}
-    assert told.startswith(f"journal here cannot be written: {reason};")
+    assert {str(error) for error in errors} == {f"journal here cannot be written: {reason}; {REMEDY}"}
     assert str(caught.value) == str(errors[0])
     assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
 
@@ -296,7 +296,7 @@ async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_a
         with pytest.raises(JournalError, match="cannot be written: UNIQUE constraint failed"):
             await writer.call(lambda connection: connection.execute(again))
         assert "ROLLBACK" not in disk.statements
-        writer.forget(row(1)[0])
+        writer.forget(1)
         await submit(writer, 2)
 
         assert disk.numbers() == [0, 2]
@@ -309,12 +309,60 @@ async def test_d8_a_batch_that_cannot_begin_is_not_written(disk):
             somebody.execute("BEGIN IMMEDIATE")
             errors: list[JournalError] = []
             await submit(writer, 0, errors)
-            (told,) = map(str, errors)
-            assert told.startswith("journal here cannot be written: database is locked;")
-        writer.forget(row(0)[0])
+            assert [str(error) for error in errors] == [
+                f"journal here cannot be written: database is locked; {REMEDY}"
+            ]
+        writer.forget(1)
         await submit(writer, 1)
 
         assert disk.numbers() == [1]
+
+
+async def test_d8_after_a_gap_nothing_of_that_run_is_written(disk):
+    """What was lost of a run is a gap, after which its rows are refused; other runs go on (D8)."""
+    async with running(disk) as writer:
+        with closing(sqlite3.connect(disk.path, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            writer.append(row(0))
+            with pytest.raises(JournalError, match="database is locked"):
+                await writer.flush()
+            somebody.execute("ROLLBACK")
+        for refused in (writer.check, lambda run: writer.append(row(1, run))):
+            with pytest.raises(JournalError, match="database is locked; when that is mended"):
+                refused(1)
+        writer.append(row(7, run=2))
+        await writer.flush()
+        writer.check(2)
+
+        assert disk.numbers() == [7]
+
+
+async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk):
+    """Taken while an earlier batch of their run was failing, rows are not written after the gap (D8)."""
+    async with running(disk) as writer:
+        began, go = threading.Event(), threading.Event()
+
+        def fail(_: sqlite3.Connection) -> None:
+            began.set()
+            assert go.wait(ENOUGH)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        async def failing() -> None:
+            writer.append(row(0))
+            with pytest.raises(JournalError, match="disk I/O error"):
+                await writer.call(fail)
+
+        async with create_task_group() as tasks:
+            tasks.start_soon(failing)
+            await anyio.to_thread.run_sync(began.wait)
+            writer.append(row(1))
+            writer.append(row(7, run=2))
+            go.set()
+            await writer.flush()
+        with pytest.raises(JournalError):
+            writer.check(1)
+
+        assert disk.numbers() == [7]
 
 
 async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):

@@ -23,8 +23,10 @@ What this must not know: how events are stored, or what a step is.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from typing import Any, NoReturn, Protocol
 
 import anyio
@@ -55,6 +57,8 @@ MET_BY = {
     EventKind.ROLLBACK: "rollback",
 }
 
+
+MEMBERS = {"action", "saga", "group"}
 
 # How often the event loop goes round before a standstill is believed. Members of a group need one or
 # two to come, and one to go.
@@ -118,10 +122,14 @@ class RunMiddleware:
         self._waiting: dict[Path, list[Path | None]] = {}
         # Counts what happens, so that a standstill is noticed.
         self._ticks = 0
-        # Set when an effect is met.
-        self._met = anyio.Event()
+        # The members that have begun. In each group, how many of them are held back before they fail.
+        self._begun: set[Path] = set()
+        self._held: Counter[Path] = Counter()
+        # Who waits for an effect to be met; for one that is held back to fail.
+        self._met: list[anyio.Event] = []
+        self._released: list[anyio.Event] = []
         # Who waits: for its turn, by index; for the end of the history, by path.
-        self._turns: dict[int, anyio.Event] = {}
+        self._turns: dict[int, list[anyio.Event]] = {}
         self._parked: dict[tuple[str, Path], anyio.Event] = {}
         # What every forward effect raises from now on: the run is to be taken back.
         self.interrupted: Interrupted | None = None
@@ -146,14 +154,19 @@ class RunMiddleware:
         if self.abandoned is not None:
             raise self.abandoned
         path = effect.path
-        if self._cursor < len(self._history) and path[:-1] in self._groups and path:
+        is_member = path != () and path[:-1] in self._groups and effect.kind in MEMBERS
+        if is_member and self._cursor < len(self._history):
             self._ticks += 1
             self._branches.add(path)
+            self._begun.add(path)
             try:
-                return await self._handle(effect, call_next)
+                result = await self._handle(effect, call_next)
             except BaseException:
                 await self._hold_back(effect)
                 raise
+            else:
+                await self._let_fail(effect)
+                return result
             finally:
                 self._ticks += 1
                 self._branches.discard(path)
@@ -218,45 +231,60 @@ class RunMiddleware:
     async def _turn(self, index: int, effect: Effect) -> None:
         """Waits for an event's turn, and takes it."""
         while self._cursor < index and self.abandoned is None:
-            turn = self._turns[index] = anyio.Event()
             self._wake_if_rolled_back()
-            with anyio.CancelScope(shield=True):
-                try:
-                    await self._wait(turn, effect, None)
-                except anyio.get_cancelled_exc_class() as error:
-                    self._late = error  # a native one: no shield keeps it away
+            await self._wait_shielded(self._turns.setdefault(index, []), effect)
         if self.abandoned is not None:
             raise self.abandoned
         self._cursor = index + 1
         self._moved_on()
 
     async def _hold_back(self, effect: Effect) -> None:
-        """Lets all members of a group begin that had begun, before one of them fails.
+        """Lets the others of a group come where they had come, before one of them fails.
 
-        After a failure none does; and a replay is faster than what it replays.
+        After a failure none begins, and those under way may be cancelled; and a replay is faster
+        than what it replays.
         """
-        while self.abandoned is None and self._is_awaited(effect.path[:-1]):
-            if self._met.is_set():
-                self._met = anyio.Event()
-            with anyio.CancelScope(shield=True):
-                try:
-                    await self._wait(self._met, effect, None)
-                except anyio.get_cancelled_exc_class() as error:
-                    self._late = error
+        group = effect.path[:-1]
+        self._held[group] += 1
+        while self._awaited(group):
+            await self._wait_shielded(self._met, effect)
+        self._held[group] -= 1
+        self._wake(self._released)
 
-    def _is_awaited(self, group: Path) -> bool:
-        """Tells whether something of a group is about to come that has not been met."""
-        for event in self._left():
-            if event.kind not in FORWARD:
-                return False
-            if below(event.path, group) and (MET_BY[event.kind], event.path) in self._known:
-                return True
-        return False
+    async def _let_fail(self, effect: Effect) -> None:
+        """Lets one fail that is held back, before another one ends well and the next takes its place."""
+        group = effect.path[:-1]
+        while self._held[group] and self._awaited(group) <= self._begun:
+            await self._wait_shielded(self._released, effect)
+
+    def _awaited(self, group: Path) -> set[Path]:
+        """Gives the members of a group of which something is about to come that has not been met."""
+        awaited: set[Path] = set()
+        if self.abandoned is None:
+            for event in takewhile(lambda event: event.kind in FORWARD, self._left()):
+                if below(event.path, group) and (MET_BY[event.kind], event.path) in self._known:
+                    awaited.add(event.path[: len(group) + 1])
+        return awaited
+
+    async def _wait_shielded(self, events: list[anyio.Event], effect: Effect) -> None:
+        """Waits until the next time that these are woken; a native cancellation is kept for later."""
+        event = anyio.Event()
+        events.append(event)
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._wait(event, effect, None)
+            except anyio.get_cancelled_exc_class() as error:
+                self._late = error  # no shield keeps it away
+
+    def _wake(self, events: list[anyio.Event]) -> None:
+        for event in events:
+            event.set()
+        events.clear()
 
     async def _meet(self, effect: Effect) -> list[Event]:
         """Takes the events of an effect, each in its turn, and gives them."""
         indexes = self._known.pop((effect.kind, effect.path), [])
-        self._met.set()
+        self._wake(self._met)
         for index in indexes:
             if self._history[index].name != effect.name:
                 self._refuse(self._history[index], f"{effect.name!r} is there now")
@@ -314,7 +342,7 @@ class RunMiddleware:
         if self._cursor < len(self._history):
             turn = self._turns.pop(self._cursor, None)
             if turn is not None:
-                turn.set()
+                self._wake(turn)
             elif self._history[self._cursor].kind is EventKind.ROLLBACK:
                 self._wake_parked()
             return
@@ -351,8 +379,8 @@ class RunMiddleware:
     def abandon(self, error: BaseException) -> NoReturn:
         """Lets nothing more happen in this run; raises the error wherever something would."""
         self.abandoned = error
-        for event in (self._met, *self._turns.values(), *self._parked.values()):
-            event.set()
+        self._wake([event for events in self._turns.values() for event in events])
+        self._wake([*self._parked.values(), *self._met, *self._released])
         raise error
 
     def _check_place(self, effect: Effect, index: int) -> None:
