@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import nox
@@ -128,15 +129,21 @@ def mutation(session: nox.Session) -> None:
     session.run("mutmut", "results")
 
 
-# How many examples for each test and loop is told after `--`: `nox -s deep -- 100000`.
+# How long is told after `--`: `nox -s deep -- 30m`, or `8h`; or how many examples for each test and
+# loop: `nox -s deep -- 100000`.
 @nox.session
 def deep(session: nox.Session) -> None:
     """Holds the engine against the model, on drawn sagas, new ones each time; for as long as told."""
-    examples = session.posargs[0] if session.posargs else "2000"
+    told, *options = session.posargs or ["10m"]
+    minutes = {"m": 1, "h": 60}.get(told[-1])
+    examples = "2000" if minutes else told
+    until = time.monotonic() + 60 * minutes * float(told[:-1]) if minutes else 0
     install(session, "tests", ".")
     env = {"PYSAGAS_PROFILE": "deep", "PYSAGAS_EXAMPLES": examples}
-    tests = ("tests/test_properties.py", "tests/test_machine.py")
-    session.run("pytest", "-q", "--durations=0", *tests, *session.posargs[1:], env=env)
+    command = ("pytest", "-q", "--durations=0", "tests/test_properties.py", "tests/test_machine.py")
+    session.run(*command, *options, env=env)
+    while time.monotonic() < until:
+        session.run(*command, *options, env=env)
 
 
 # How many kills is told after `--`: `nox -s crash -- 5000`; where they fall, by PYSAGAS_SEED.

@@ -274,3 +274,23 @@ def test_kills_are_among_the_faults_where_that_is_asked_for(backend):
     listed = {str(plan) for plan in faults(_one, kills=True, backend=backend)}
 
     assert {"one: killed before its effect", "taking back one: killed after its effect"} <= listed
+
+
+async def test_parameters_that_a_journal_has_as_well_are_the_sagas():
+    """A saga may be called with an argument by the name of one of the journal's own options."""
+
+    def trial() -> Trial:
+        ledger = EffectsLedger()
+
+        @saga(middleware=[ledger.watch])
+        async def tested(scope: SagaScope, *, run_id: int, exceptions: str, on_crash: str) -> None:
+            assert (run_id, exceptions, on_crash) == (1, "none", "burn")
+            await scope.step(ledger.step("a"))
+
+        kwargs = {"run_id": 1, "exceptions": "none", "on_crash": "burn"}
+        return Trial(tested, kwargs=kwargs, state=ledger.snapshot)
+
+    report = await explore(trial, kills=True)
+
+    assert report.ok, report
+    assert kills(report)

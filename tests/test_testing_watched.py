@@ -317,6 +317,14 @@ def generator():
     yield  # pragma: no cover - it is refused
 
 
+def three_arguments(a, b, c):
+    raise AssertionError  # pragma: no cover - it is given two
+
+
+async def noted(scope, function, *args):
+    scope.on_rollback(function, *args)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -331,6 +339,13 @@ def generator():
         (lambda scope, world: scope.step(world.action("a"), blocking=True), "blocking"),
         (lambda scope, world: scope.step(len, "", not_applied=3), "not_applied"),
         (lambda scope, world: scope.step("a"), "'a'"),
+        (
+            lambda scope, world: scope.step(world.action("a"), compensate=len),
+            "there is no option 'compensate'",
+        ),
+        (lambda scope, world: noted(scope, None), "on_rollback: None cannot be called with 0"),
+        (lambda scope, world: noted(scope, world.step("a")), "on_rollback: .* cannot be called"),
+        (lambda scope, world: noted(scope, three_arguments, 1, 2), "cannot be called with 2 arguments"),
     ],
 )
 async def test_what_the_engine_refuses_is_refused(call, words):

@@ -204,6 +204,17 @@ class Journal(ABC):
             NotRecordable: The arguments cannot be recorded. Nothing has run.
             JournalError: The journal cannot be read or written. What had run is taken back.
         """
+        return await self._start(saga, args, kwargs, run_id, exceptions, on_crash)
+
+    async def _start(
+        self,
+        saga: Saga[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run_id: str,
+        exceptions: Any = (),
+        on_crash: OnCrash = "rollback",
+    ) -> Outcome[T]:
         place = _check_run(saga, run_id, exceptions)
         _check_on_crash("run", on_crash)
         data = encode_arguments(self._codec, args, kwargs, _function_of(saga), place)

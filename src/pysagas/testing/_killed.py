@@ -76,7 +76,7 @@ async def run_killed(run: TrialRun) -> tuple[Outcome[Any] | None, BaseException 
     journal = _KillableJournal(run)
     ended: tuple[Outcome[Any] | None, BaseException | None] = (None, None)
     try:
-        outcome = await journal.run(run.saga, *run.trial.args, run_id=RUN_ID, **run.trial.kwargs)
+        outcome = await journal._start(run.saga, run.trial.args, {**run.trial.kwargs}, RUN_ID)
         ended = (outcome, outcome.error)
     except* Killed:
         pass

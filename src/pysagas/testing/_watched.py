@@ -28,12 +28,16 @@ from pysagas import (
     current_effect,
     saga,
 )
+from pysagas._scope import STEP_OPTIONS
+from pysagas._signatures import takes
 
 from ._faults import Place
 
 __all__ = ["Watcher", "current_watcher", "watched"]
 
 Function = Callable[..., Any]
+
+OPTIONS = {"compensation", "undo", *STEP_OPTIONS}
 
 
 class Watcher(Protocol):
@@ -265,7 +269,8 @@ class _Scope(SagaScope):
 
     async def step(self, action: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         real = cast("Any", self._real)
-        if not callable(action) or isinstance(action, Saga):
+        # An option that there is not is the engine's to refuse, like a definition with options.
+        if not callable(action) or isinstance(action, Saga) or not options.keys() <= OPTIONS:
             return await real.step(self._rebuilding.part(action), *args, **options)
         compensation = options.pop("compensation", None)
         undo = options.pop("undo", None)
@@ -285,8 +290,10 @@ class _Scope(SagaScope):
         await self._real.commit()
 
     def on_rollback(self, function: Any, *args: Any) -> None:  # type: ignore[override]
-        wrapped = self._rebuilding.function(function, "compensation", _name_of(function))
-        self._real.on_rollback(wrapped, *args)
+        # What cannot be called so is given as it is, since what wraps it takes anything.
+        if takes(function, len(args)):
+            function = self._rebuilding.function(function, "compensation", _name_of(function))
+        self._real.on_rollback(function, *args)
 
 
 class _Nested(AbstractAsyncContextManager[SagaScope]):
