@@ -47,7 +47,7 @@ Ts = TypeVarTuple("Ts")
 
 _UNSET: Any = object()
 
-STEP_OPTIONS = {
+_STEP_OPTIONS = {
     "name",
     "not_applied",
     "timeout",
@@ -189,11 +189,11 @@ class SagaScope:
             or (action.__class__ is MethodType and isinstance(action.__self__, Definition))
         ):
             # Built as a Step, which has a say on everything that is wrong with it.
-            unknown = options.keys() - STEP_OPTIONS
+            unknown = options.keys() - _STEP_OPTIONS
             if unknown:
                 raise TypeError(
                     f"scope.step: there is no option {', '.join(map(repr, sorted(unknown)))}; options "
-                    f"are compensation, undo, {', '.join(sorted(STEP_OPTIONS))}. Keyword arguments of "
+                    f"are compensation, undo, {', '.join(sorted(_STEP_OPTIONS))}. Keyword arguments of "
                     "the action itself: scope.step(Step(action, ...), *args, **kwargs)"
                 )
             step: Step[..., Any] = Step(action, compensation, undo=undo, **options)

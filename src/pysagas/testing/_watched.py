@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from functools import partial
-from inspect import isawaitable, iscoroutinefunction
+from inspect import isawaitable, iscoroutinefunction, signature
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -23,13 +23,12 @@ from pysagas import (
     Effect,
     Parallel,
     Saga,
+    SagaDefinitionError,
     SagaScope,
     Step,
     current_effect,
     saga,
 )
-from pysagas._scope import STEP_OPTIONS
-from pysagas._signatures import takes
 
 from ._faults import Place
 
@@ -37,7 +36,7 @@ __all__ = ["Watcher", "current_watcher", "watched"]
 
 Function = Callable[..., Any]
 
-OPTIONS = {"compensation", "undo", *STEP_OPTIONS}
+OPTIONS = {*signature(Step).parameters}
 
 
 class Watcher(Protocol):
@@ -290,10 +289,12 @@ class _Scope(SagaScope):
         await self._real.commit()
 
     def on_rollback(self, function: Any, *args: Any) -> None:  # type: ignore[override]
-        # What cannot be called so is given as it is, since what wraps it takes anything.
-        if takes(function, len(args)):
-            function = self._rebuilding.function(function, "compensation", _name_of(function))
-        self._real.on_rollback(function, *args)
+        wrapped = self._rebuilding.function(function, "compensation", _name_of(function))
+        try:
+            Step(function).check_call(args, {}, "on_rollback: {}")
+        except (SagaDefinitionError, TypeError):
+            wrapped = function  # for the engine to refuse: what wraps it takes anything
+        self._real.on_rollback(wrapped, *args)
 
 
 class _Nested(AbstractAsyncContextManager[SagaScope]):
