@@ -100,12 +100,12 @@ class Shop:
         self.moments: dict[str, Callable[[], object]] = {}
 
     def begin(self, name: str) -> None:
-        if not self.journal.dead:
-            effect = current_effect()
-            assert effect is not None
-            self.begun[name] += 1
-            self.keys.setdefault(name, set()).add(effect.key)
-            self.moments.pop(name, bool)()
+        # Its start was written just before: a process that is dead does not come here.
+        effect = current_effect()
+        assert effect is not None
+        self.begun[name] += 1
+        self.keys.setdefault(name, set()).add(effect.key)
+        self.moments.pop(name, bool)()
 
     def put(self, name: str) -> None:
         if not self.journal.dead:

@@ -710,14 +710,8 @@ async def test_retry_by_somebody_else_at_the_same_time(disk, shop):
         with pytest.raises(CompensationFailed):
             await journal.run(whole, run_id="r")
         failing.clear()
-        stored = await journal._stored("r")
         with pytest.raises(Boom):
             await journal.retry(whole, "r")
-
-        async def stale(run_id: str) -> Any:
-            return stored
-
-        journal._stored = stale
         (info,) = await journal.runs()
         key = 0 if disk.kind == "memory" else 1
         await journal._reopen(key)  # somebody has it in hand
@@ -786,10 +780,8 @@ async def test_prune_forgets_what_has_ended_well(disk, shop):
             await journal.run(Saga([shop.step("b", fails=Boom())], name="b"), run_id="taken back")
         with pytest.raises(Boom):
             await journal.run(Saga([Commit(), shop.step("b", fails=Boom())], name="b"), run_id="failed")
-        ended = time.time()
         assert 0 == await journal.prune(before=0)
-        while (between := time.time()) <= ended:
-            await checkpoint()
+        between = time.time()
         await journal.run(whole, 1, run_id="new")
 
         assert 2 == await journal.prune(before=between)

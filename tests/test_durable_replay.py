@@ -369,6 +369,128 @@ def test_what_a_journal_and_a_shop_say_against_each_other_is_found():
     ] == problems_of(shop, [Event(kind, (0,), "a") for kind in kinds])
 
 
+# --- taken back later, tried again ----------------------------------------------------------------
+
+
+async def life_with_a_later_rollback(shop: Shop, whole: Saga[..., Any]) -> None:
+    """The process in which a run completes, and is taken back after that."""
+    try:
+        outcome = await shop.journal.run(whole, run_id="r")
+        await outcome.rollback()
+    except (Killed, CompensationFailed, BaseExceptionGroup):
+        pass
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("on_crash", ["rollback", "resume"])
+@pytest.mark.parametrize(
+    "build", [sequence, group_with_limit, function, branches], ids=lambda build: build.__name__
+)
+async def test_d3_killed_at_any_boundary_of_a_later_rollback(build, on_crash):
+    """A process that dies while a completed run is taken back leaves the rest to the next one (D3)."""
+    clean = await lived(build, (Death(),), on_crash, first_life)
+    checked = checked_against(clean, build, on_crash)
+    again = []
+
+    async def checked_again(shop: Shop, deaths: tuple[Death, ...]) -> None:
+        await checked(shop, deaths)
+        again.append(await state_of(shop))
+
+    prepare = life_with_a_later_rollback
+    first = [death async for death in deaths_of(build, on_crash, prepare, (), checked_again)]
+    # Once its rollback has begun, a run is not resumed.
+    assert ({*again}, again[-1]) == ({RunState.COMPLETED, RunState.COMPENSATED}, RunState.COMPENSATED)
+    twice = [
+        one
+        for death in first[clean.journal.passed :: EVERY]
+        async for one in deaths_of(build, on_crash, prepare, (death,), checked)
+    ]
+    assert twice
+
+
+class Stuck:
+    """Compensations that fail until that is mended."""
+
+    def __init__(self, build: Callable[[Shop, Callable[[], bool]], Saga[..., Any]]) -> None:
+        self.build = build
+        self.__name__ = build.__name__
+
+    def __call__(self, shop: Shop) -> Saga[..., Any]:
+        self.broken = True
+        self.whole = self.build(shop, lambda: self.broken)
+        return self.whole
+
+    async def life(self, shop: Shop, whole: Saga[..., Any]) -> None:
+        """The process in which a run fails for good, and is tried again when that is mended."""
+        await first_life(shop, whole)
+        self.broken = False
+        if not shop.journal.dead:
+            await self.try_again(shop)
+
+    async def try_again(self, shop: Shop) -> None:
+        try:
+            await shop.journal.retry(self.whole, "r", exceptions=Exception)
+        except (Killed, CompensationFailed, BaseExceptionGroup):
+            assert shop.journal.dead
+
+    def checked_against(self, clean: Shop) -> Any:
+        checked = checked_against(clean, self, "rollback")
+
+        async def checked_at_last(shop: Shop, deaths: tuple[Death, ...]) -> None:
+            if await state_of(shop) is RunState.FAILED:
+                # It died before it was tried again at all, or before it was mended.
+                shop.journal = shop.journal.next_process()
+                await self.try_again(shop)
+            await checked(shop, deaths)
+
+        return checked_at_last
+
+
+def stuck_sequence(shop: Shop, broken: Callable[[], bool]) -> Saga[..., Any]:
+    parts = [shop.step("a"), shop.step("b", back_fails=broken), shop.step("c", fails=Boom("c"))]
+    return Saga(parts, name="s")
+
+
+def stuck_group(shop: Shop, broken: Callable[[], bool]) -> Saga[..., Any]:
+    members = [
+        Saga([shop.step("b"), shop.step("c", back_fails=broken)]),
+        shop.step("d", (2, 2), back_fails=broken),
+        shop.step("e"),
+    ]
+    return Saga([shop.step("a"), Parallel(*members), shop.step("f", fails=Boom("f"))], name="s")
+
+
+def stuck_function(shop: Shop, broken: Callable[[], bool]) -> Saga[..., Any]:
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        async with scope.nested() as nested:
+            await nested.step(shop.step("b", back_fails=broken))
+            await nested.step(shop.step("c", fails=Boom("c")))
+
+    return whole
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "build", [stuck_sequence, stuck_group, stuck_function], ids=lambda build: build.__name__
+)
+async def test_d3_killed_at_any_boundary_of_a_run_that_is_tried_again(build):
+    """A process that dies while it tries a failed run again leaves the rest to the next one (D3)."""
+    stuck = Stuck(build)
+    clean = await lived(stuck, (Death(),), "rollback", stuck.life)
+    assert (RunState.COMPENSATED, set()) == (await state_of(clean), clean.there)
+    checked = stuck.checked_against(clean)
+    first = [death async for death in deaths_of(stuck, "rollback", stuck.life, (), checked)]
+    assert len(first) >= clean.journal.passed
+    twice = [
+        one
+        for death in first[::EVERY]
+        async for one in deaths_of(stuck, "rollback", stuck.life, (death,), checked)
+    ]
+    assert twice
+
+
 # --- cancelled, and then killed -------------------------------------------------------------------
 
 
@@ -1015,8 +1137,9 @@ async def test_d3_a_commit_that_is_being_written_is_not_cut_off_by_a_scope():
 async def test_d3_a_commit_that_is_being_written_is_not_cut_off_natively():
     """The same for ``task.cancel()``, which no shield keeps away; and it is not lost (D3)."""
     shop = Shop()
+    # Before the task is there: an eager one begins at once.
+    cancel_while_committing(shop, lambda: task.cancel())  # noqa: PLW0108
     task = asyncio.ensure_future(first_life(shop, passing_commit(shop)))
-    cancel_while_committing(shop, task.cancel)
     await asyncio.wait([task])
 
     assert task.cancelled()

@@ -561,7 +561,7 @@ async def test_an_opening_that_is_cancelled_natively_leaves_nothing_open(path):
     await asyncio.wait([task])
     threads = [thread for thread in threading.enumerate() if thread.name == "pysagas journal"]
     for thread in threads:
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(thread.join)  # pragma: no cover - it may have ended already
 
     assert task.cancelled()
     assert owner_files(path) == []
@@ -643,25 +643,45 @@ async def test_d8_a_locked_file_takes_the_run_back(path):
         assert read(path, "SELECT token FROM owners") == [journal._token]
 
 
-async def test_d8_a_file_that_others_open_at_the_same_time_is_waited_for(path, monkeypatch):
-    """SQLite waits for nobody where two switch to WAL mode at once; the journal tries again (D8)."""
-    tried: list[str] = []
+class Switching(sqlite3.Connection):
+    """A connection that finds another one which switches to WAL mode at the same time."""
 
-    class Switching(sqlite3.Connection):
-        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
-            if "journal_mode = WAL" in sql:
-                tried.append(sql)
-                if len(tried) == 1:
-                    error = sqlite3.OperationalError("database is locked")
-                    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
-                    raise error
-            return super().execute(sql, *parameters)
+    tries: list[int] = []  # what each try at it ends with
 
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if "journal_mode = WAL" in sql and self.tries:
+            error = sqlite3.OperationalError("met somebody")
+            error.sqlite_errorcode = self.tries.pop(0)
+            raise error
+        return super().execute(sql, *parameters)
+
+
+@pytest.fixture
+def tries(monkeypatch):
     connect = partial(sqlite3.connect, factory=Switching)
     monkeypatch.setattr("pysagas.durable._sqlite.sqlite3.connect", connect)
+    monkeypatch.setattr(Switching, "tries", tries := [])
+    return tries
+
+
+async def test_d8_a_file_that_others_open_at_the_same_time_is_waited_for(path, tries):
+    """SQLite waits for nobody where two switch to WAL mode at once; the journal tries again (D8)."""
+    tries += [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_BUSY]
     await opened_once(path)
 
-    assert len(tried) == 2
+    assert tries == []
+
+
+@pytest.mark.parametrize(
+    ("code", "busy_timeout"), [(sqlite3.SQLITE_BUSY, 0), (sqlite3.SQLITE_IOERR, ENOUGH)]
+)
+async def test_d8_a_file_that_cannot_be_switched_is_not_opened(path, tries, code, busy_timeout):
+    """It is waited for no longer than is told, and for nothing but others (D8)."""
+    tries += [code, code]
+    with pytest.raises(JournalError, match=r"sagas\.db cannot be opened: met somebody$"):
+        await opened_once(path, busy_timeout=busy_timeout)
+
+    assert (tries, owner_files(path)) == ([code], [])
 
 
 async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):

@@ -108,7 +108,7 @@ async def test_a_step_is_taken_back_by_what_is_recalled_of_it(state, expected, t
     boom = Boom()
 
     async def act(number: int) -> int:
-        raise AssertionError
+        raise AssertionError  # pragma: no cover - it is recalled, or not started
 
     async def remember(effect: Effect, call_next: CallNext) -> object:
         if effect.kind == "action":
