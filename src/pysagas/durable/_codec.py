@@ -8,7 +8,8 @@ import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache, partial
-from typing import Any, Protocol, cast
+from itertools import chain, repeat
+from typing import Any, NamedTuple, Protocol, cast
 
 from ._errors import NotRecordable, RecordedError
 
@@ -106,10 +107,14 @@ def _return_type(function: Any) -> Any:
 
 def return_type(function: Callable[..., Any]) -> Any:
     """Gives the type that a function says it returns; Any where it does not say."""
+    return _once_for_each(_return_type, function)
+
+
+def _once_for_each(cached: Any, function: Any) -> Any:
     try:
-        return _return_type(function)
+        return cached(function)
     except TypeError:  # it cannot be hashed, so it is asked each time
-        return _return_type.__wrapped__(function)
+        return cached.__wrapped__(function)
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -183,28 +188,40 @@ def decode_arguments(
         NotRecordable: They cannot be read as what they are annotated with.
     """
     positional, named = codec.decode(data, tuple[list[Any], dict[str, Any]])
-    hints: Mapping[str, Any] = {} if function is None else _hints(function)
-    by_position: list[Any] = []
-    rest: Any = Any
-    for parameter in _parameters(function):
-        kind = hints.get(parameter.name, Any)
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = kind
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            by_position.append(kind)
+    types: _ParameterTypes = _once_for_each(_parameter_types, function)
+    by_position = chain(types.positional, repeat(types.rest))
     try:
         return (
-            tuple(
-                _typed(codec, value, by_position[index] if index < len(by_position) else rest)
-                for index, value in enumerate(positional)
-            ),
-            {name: _typed(codec, value, hints.get(name, Any)) for name, value in named.items()},
+            tuple(_typed(codec, value, kind) for value, kind in zip(positional, by_position)),  # noqa: B905
+            {name: _typed(codec, value, types.named.get(name, Any)) for name, value in named.items()},
         )
     except Exception as error:
         raise NotRecordable(
             f"{place}: its recorded arguments {data.decode(errors='replace')} cannot be read: {error}; "
             "has the type of a parameter changed since?"
         ) from error
+
+
+class _ParameterTypes(NamedTuple):
+    """The types of a function's parameters; Any for those that have none."""
+
+    positional: tuple[Any, ...]
+    rest: Any
+    named: Mapping[str, Any]
+
+
+@lru_cache(maxsize=10_000)
+def _parameter_types(function: Any) -> _ParameterTypes:
+    hints = _hints(function)
+    positional: list[Any] = []
+    rest: Any = Any
+    for parameter in _parameters(function):
+        kind = hints.get(parameter.name, Any)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = kind
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append(kind)
+    return _ParameterTypes(tuple(positional), rest, hints)
 
 
 def _parameters(function: Any) -> Iterable[inspect.Parameter]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import anyio
@@ -142,7 +142,7 @@ class _Recorder:
         self._key = key
 
     def append(self, event: Event) -> None:
-        self._journal._append(self._key, event._replace(at=time.time()))
+        self._journal._append(self._key, event)
 
     async def flush(self) -> None:
         await self._journal._flush()
@@ -718,6 +718,8 @@ def _value_type(saga: AnySaga) -> Any:
     return type(None) if saga.function is None else return_type(saga.function)
 
 
+# The same one for the same saga, so that its annotations are read once.
+@lru_cache(maxsize=10_000)
 def _function_of(part: Any) -> Callable[..., Any] | None:
     """Gives the function whose annotations tell what a saga's arguments are."""
     if isinstance(part, Step):

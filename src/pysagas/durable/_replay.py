@@ -23,6 +23,7 @@ What this must not know: how events are stored, or what a step is.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -283,6 +284,8 @@ class RunMiddleware:
 
     async def _meet(self, effect: Effect) -> list[Event]:
         """Takes the events of an effect, each in its turn, and gives them."""
+        if self._cursor == len(self._history):
+            return []
         indexes = self._known.pop((effect.kind, effect.path), [])
         self._wake(self._met)
         for index in indexes:
@@ -591,7 +594,7 @@ class RunMiddleware:
     def _append(self, kind: EventKind, effect: Effect, data: bytes = b"") -> None:
         if self.broken is None:
             try:
-                self._recorder.append(Event(kind, effect.path, effect.name, data))
+                self._recorder.append(Event(kind, effect.path, effect.name, data, time.time()))
             except JournalError as error:
                 # It has happened, recorded or not. What follows will not.
                 self.broken = error
