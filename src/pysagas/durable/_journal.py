@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import anyio
 
@@ -22,9 +20,6 @@ from pysagas import (
     Saga,
     SagaState,
     Step,
-    StepReport,
-    StepState,
-    attach_outcome,
     outcome_of,
 )
 
@@ -32,16 +27,17 @@ from ._codec import (
     Codec,
     JSONCodec,
     decode_arguments,
-    decode_error,
     encode_arguments,
     encode_error,
-    return_type,
 )
 from ._errors import Interrupted, JournalError, RunInProgress, RunInterrupted, SagaChanged
 from ._events import Event, EventKind, RunInfo, RunState, relevant
-from ._replay import RunMiddleware
+from ._middleware import RunMiddleware
+from ._recalled import Recorded, exception_types, leaves, recalled, taken_back, value_type
+from ._replay import Replay
+from ._storage import Claim, Ending, Storage, Stored
 
-__all__ = ["Claim", "Ending", "Journal", "OnCrash", "Recovered", "RecoveryReport"]
+__all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
 
 T = TypeVar("T")
 AnySaga = Saga[..., Any]
@@ -52,44 +48,6 @@ STATES = {
     SagaState.COMPENSATED: RunState.COMPENSATED,
     SagaState.FAILED: RunState.FAILED,
 }
-
-
-class Ending(NamedTuple):
-    """How a run ended, as it is recorded.
-
-    Attributes:
-        state: Which of the three ends.
-        value: What the saga returned; empty where it did not.
-        error: What it raised, as `encode_error` gives it; None where it did not.
-    """
-
-    state: RunState
-    value: bytes
-    error: dict[str, Any] | None
-
-
-class Claim(NamedTuple):
-    """A run that this process has taken into its hands, or found ended.
-
-    Attributes:
-        key: By which the storage knows it.
-        ending: How it ended; None for one that has not.
-        is_new: Whether it has just been started.
-    """
-
-    key: int
-    ending: Ending | None = None
-    is_new: bool = False
-
-
-class Stored(NamedTuple):
-    """A run as it is stored: what is needed to go on with it."""
-
-    run_id: str
-    saga: str
-    version: str | None
-    args: bytes
-    state: RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +110,11 @@ class _Recorder:
         await self._journal._reopen(self._key)
 
 
-class Journal(ABC):
+class Journal(Storage):
     """A durable record of the effects of runs, from which a killed run is recovered.
 
-    `SQLiteJournal` keeps it in a file. Another storage is another subclass: eight methods, all
-    below `Storage`, which know runs and events and nothing of sagas.
+    `SQLiteJournal` keeps it in a file. Another place is another subclass, with the methods of
+    `Storage`, which know runs and events and nothing of sagas.
     """
 
     def __init__(self, codec: Codec | None = None) -> None:
@@ -222,7 +180,8 @@ class Journal(ABC):
         with self._hold(run_id):
             claim = await self._claim(run_id, saga.name, saga.version, data, time.time())
             if claim.ending is not None:
-                return await self._recall(claim, run_id, saga, exceptions)
+                ended = await self._load(claim.key)
+                return recalled(claim.ending, ended, self._codec, saga, run_id, exceptions)
             events: list[Event] = []
             if not claim.is_new:
                 async with self._released_if_it_fails(claim.key):
@@ -418,33 +377,35 @@ class Journal(ABC):
         on_crash: OnCrash,
     ) -> Outcome[T]:
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
+        history, settled = relevant(events)
+        replay = Replay(saga.name, history, recovering=not claim.is_new, resume=on_crash == "resume")
         middleware = RunMiddleware(
             _Recorder(self, claim.key),
             self._codec,
             saga.name,
-            *relevant(events),
-            value_type=_value_type(saga),
-            recovering=not claim.is_new,
-            resume=on_crash == "resume",
+            replay,
+            settled,
+            value_type=value_type(saga),
         )
         try:
             outcome = await saga.run_with(
                 *call, run_id=run_id, middleware=[middleware], exceptions=exceptions
             )
         except BaseException as error:
-            if middleware.abandoned is not None:
+            if replay.abandoned is not None:
                 await self._release(claim.key)
                 cancelled = _cancellation_in(error)
-                raise cancelled or middleware.abandoned from None
+                raise cancelled or replay.abandoned from None
             await self._ended(claim, middleware, outcome_of(error), error)
-            if middleware.interrupted is not None and _is_interruption(error):
-                raise _taken_back(run_id, outcome_of(error)) from None
+            if replay.interrupted is not None and _is_interruption(error):
+                raise taken_back(run_id, outcome_of(error)) from None
             raise
         await self._ended(claim, middleware, outcome, outcome.error)
         if outcome.state is not SagaState.COMPLETED:
             return outcome
         later = partial(self._taken_back_later, claim.key, middleware, outcome)
-        return Outcome(outcome._run, outcome.state, outcome._value, None, later)
+        run = Recorded(saga.name, run_id, lambda: outcome.steps)
+        return Outcome(run, outcome.state, outcome.value, None, later)
 
     async def _taken_back_later(
         self, key: int, middleware: RunMiddleware, outcome: Outcome[T]
@@ -496,113 +457,6 @@ class Journal(ABC):
                 if error is None or isinstance(error, Exception):
                     raise
 
-    async def _recall(
-        self, claim: Claim, run_id: str, saga: Saga[..., T], exceptions: Any
-    ) -> Outcome[T]:
-        """Gives the outcome of a run that has ended, or raises what it raised."""
-        ending = claim.ending
-        assert ending is not None
-        reports = _reports(await self._load(claim.key), self._codec)
-        run = _Recorded(saga.name, run_id, reports)
-        state = SagaState[ending.state.name]
-        if state is SagaState.COMPLETED:
-            return Outcome(run, state, self._value(ending.value, saga, run_id), None)
-        if ending.error is None:
-            return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
-        error = decode_error(ending.error)
-        outcome: Outcome[Any] = Outcome(run, state, None, error)
-        if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
-            failures = [r.compensation_error for r in reports if r.compensation_error is not None]
-            error = CompensationFailed(saga.name, None, failures, outcome)
-            outcome = Outcome(run, state, None, error)
-            error.outcome = outcome
-        if not isinstance(error, Exception):
-            raise _taken_back(run_id, outcome) from None
-        attach_outcome(error, outcome)
-        expected = (*saga.exceptions, *_types(exceptions))
-        if state is SagaState.COMPENSATED and _all_expected(error, expected):
-            return outcome
-        raise error
-
-    def _value(self, data: bytes, saga: AnySaga, run_id: str) -> Any:
-        kind = _value_type(saga)
-        try:
-            return self._codec.decode(data, kind)
-        except Exception as error:
-            raise SagaChanged(
-                f"the recorded value of run {run_id!r} of saga {saga.name!r}, "
-                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
-                "the saga returns changed since?"
-            ) from error
-
-    # --- storage -------------------------------------------------------------------------------
-
-    @abstractmethod
-    async def _claim(
-        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
-    ) -> Claim:
-        """Takes a run into hand: a new one, or one whose process died; or finds it ended.
-
-        Raises:
-            RunInProgress: A process that lives has it.
-            OtherRun: It is of another saga, or has other arguments.
-        """
-
-    @abstractmethod
-    async def _release(self, key: int) -> None:
-        """Lets a run go that has not ended, so that somebody can recover it."""
-
-    @abstractmethod
-    async def _load(self, key: int) -> list[Event]:
-        """Gives the events of a run, in their order."""
-
-    @abstractmethod
-    def _append(self, key: int, event: Event) -> None:
-        """Takes an event, to be written with the next batch."""
-
-    @abstractmethod
-    async def _flush(self) -> None:
-        """Waits until all that was appended is on disk.
-
-        Raises:
-            JournalError: It could not be written.
-        """
-
-    def _check_whole(self, key: int) -> None:  # noqa: B027 - most storages have nothing to say
-        """Makes sure that nothing was lost of what was appended to a run, and flushed.
-
-        Raises:
-            JournalError: Something was.
-        """
-
-    @abstractmethod
-    async def _end(self, key: int, ending: Ending) -> None:
-        """Records how a run ended, after all that was appended."""
-
-    @abstractmethod
-    async def _reopen(self, key: int) -> None:
-        """Takes into hand a run that had ended."""
-
-    @abstractmethod
-    async def _unfinished(self) -> list[Stored]:
-        """Gives the runs that have not ended, the oldest first."""
-
-    @abstractmethod
-    async def _stored(self, run_id: str) -> Stored | None:
-        """Gives one run; None where there is none of that id."""
-
-    @abstractmethod
-    async def _list(self) -> list[RunInfo]:
-        """Lists the runs, the oldest first."""
-
-    @abstractmethod
-    async def _events(self, run_id: str) -> list[Event]:
-        """Gives the events of a run, by its id."""
-
-    @abstractmethod
-    async def _prune(self, before: float) -> int:
-        """Forgets runs that ended before, and did not fail."""
-
 
 class _Hold:
     """Keeps a run id in hand for the length of a block."""
@@ -622,24 +476,6 @@ class _Hold:
         self._in_hand.discard(self._run_id)
 
 
-class _Recorded:
-    """A run that has ended, as its outcome needs it."""
-
-    def __init__(self, saga: str, run_id: str, reports: tuple[StepReport, ...]) -> None:
-        self.saga_name = saga
-        self.run_id = run_id
-        self._reports = reports
-
-    def reports(self) -> tuple[StepReport, ...]:
-        return self._reports
-
-
-def _taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
-    error = RunInterrupted(f"the process of run {run_id!r} died, and the run has been taken back")
-    error.outcome = outcome
-    return error
-
-
 def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run") -> str:
     """Refuses what cannot work before it is recorded; gives the place for messages."""
     if not isinstance(saga, Saga):
@@ -647,7 +483,7 @@ def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run")
     place = f"journal.{call} of saga {saga.name!r}"
     if not isinstance(run_id, str) or not run_id:
         raise ValueError(f"{place}: run_id must be a string that is not empty, not {run_id!r}")
-    for kind in _types(exceptions):
+    for kind in exception_types(exceptions):
         given: object = kind
         if not (isinstance(given, type) and issubclass(given, Exception)):
             raise TypeError(f"{place}: exceptions must be exception types, and hold {given!r}")
@@ -659,17 +495,9 @@ def _check_on_crash(call: str, on_crash: object) -> None:
         raise ValueError(f'journal.{call}: on_crash must be "rollback" or "resume", not {on_crash!r}')
 
 
-def _leaves(error: BaseException) -> Iterable[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            yield from _leaves(one)
-    else:
-        yield error
-
-
 def _is_interruption(error: BaseException) -> bool:
     return not isinstance(error, Exception) and any(
-        isinstance(leaf, Interrupted) for leaf in _leaves(error)
+        isinstance(leaf, Interrupted) for leaf in leaves(error)
     )
 
 
@@ -678,16 +506,6 @@ def _cancellation_in(error: BaseException) -> BaseException | None:
     started = error.error if isinstance(error, CompensationFailed) else error
     cancelled = anyio.get_cancelled_exc_class()
     return started if isinstance(started, cancelled) else None
-
-
-def _types(exceptions: Any) -> tuple[type[BaseException], ...]:
-    if exceptions is None:
-        return ()
-    return tuple(exceptions) if hasattr(exceptions, "__iter__") else (exceptions,)
-
-
-def _all_expected(error: BaseException, expected: tuple[type[BaseException], ...]) -> bool:
-    return all(isinstance(leaf, expected) for leaf in _leaves(error))
 
 
 def _by_name(sagas: Iterable[AnySaga]) -> dict[tuple[str, str | None], AnySaga]:
@@ -714,10 +532,6 @@ def _missing(stored: Stored, known: Mapping[tuple[str, str | None], AnySaga]) ->
     return f"{what}, which was not given; give it to recover([...]). Given: {given}"
 
 
-def _value_type(saga: AnySaga) -> Any:
-    return type(None) if saga.function is None else return_type(saga.function)
-
-
 # The same one for the same saga, so that its annotations are read once.
 @lru_cache(maxsize=10_000)
 def _function_of(part: Any) -> Callable[..., Any] | None:
@@ -733,34 +547,3 @@ def _function_of(part: Any) -> Callable[..., Any] | None:
         if found is not None:
             return found
     return None
-
-
-def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
-    """Gives the reports of the steps of a run that has ended, from its history."""
-    reports: dict[tuple[int, ...], StepReport] = {}
-    history, settled = relevant(events)
-    for kind, path, name, data, _ in history:
-        known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
-        match kind:
-            case EventKind.STARTED:
-                reports[path] = known
-            case EventKind.DONE:
-                result = codec.decode(data, Any)
-                reports[path] = known._replace(state=StepState.COMPLETED, result=result)
-            case EventKind.FAILED:
-                failure = json.loads(data)
-                state = StepState(failure["state"])
-                reports[path] = known._replace(state=state, error=decode_error(failure["error"]))
-            case EventKind.CUT_OFF:
-                reports[path] = known._replace(state=StepState(data.decode()))
-            case EventKind.COMPENSATED:
-                reports[path] = known._replace(state=StepState.COMPENSATED)
-            case EventKind.COMPENSATING:
-                reports[path] = known._replace(state=StepState.COMPENSATION_FAILED)
-            case EventKind.NOT_COMPENSATED:
-                reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
-            case _:
-                pass
-    for path in settled:
-        reports[path] = reports[path]._replace(state=StepState.COMPENSATED)
-    return tuple(reports[path] for path in sorted(reports))

@@ -13,7 +13,8 @@ from anyio.lowlevel import checkpoint
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, RunInfo, RunState
-from ._journal import Claim, Ending, Journal, Stored
+from ._journal import Journal
+from ._storage import Claim, Ending, Stored
 
 __all__ = ["MemoryJournal", "in_words", "other_run"]
 

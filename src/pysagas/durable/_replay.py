@@ -1,10 +1,9 @@
-"""One run under a journal: its history is replayed, and what comes after is recorded.
+"""The history of one run, replayed: what was recorded is met again, in the order in which it happened.
 
 The rules. The history is a list of events; a cursor says how far it is replayed.
 
 - An effect that is recorded takes its events in their turn: it waits until the cursor has come to
-  them. So branches meet as they met. Then it gives the recorded result, or raises the recorded
-  failure, and nothing is run.
+  them. So branches meet as they met.
 - An effect whose history ends *parks*, until all of the history has been replayed: a group may hold
   one branch in doubt and another that is two steps ahead. Only then does anything run. So as long
   as a replay can still find out that this is another saga, nothing has been touched.
@@ -16,30 +15,25 @@ The rules. The history is a list of events; a cursor says how far it is replayed
   cancelled it (a failed sibling, a time limit in the saga) will come again by itself.
 - A cancellation from outside does not cut a replay short, which would lose the steps that were not
   yet met: it is kept until the branch has used up its history.
-
-What this must not know: how events are stored, or what a step is.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
 import anyio
 import anyio.lowlevel
 
-from pysagas import CallNext, Effect, StepInHand, StepState
+from pysagas import Effect
 
-from ._codec import Codec, decode_error, encode_error, encode_result, return_type, text_of
-from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
+from ._errors import Interrupted, SagaChanged
 from ._events import BACK, Event, EventKind, Path, below
 
-__all__ = ["Recorder", "RunMiddleware"]
+__all__ = ["Replay"]
 
 FORWARD = {
     EventKind.STARTED,
@@ -57,8 +51,6 @@ MET_BY = {
     EventKind.COMMITTED: "commit",
     EventKind.ROLLBACK: "rollback",
 }
-
-
 MEMBERS = {"action", "saga", "group"}
 
 # How often the event loop goes round before a standstill is believed. Members of a group need one or
@@ -66,51 +58,21 @@ MEMBERS = {"action", "saga", "group"}
 ROUNDS = 20
 
 
-class Recorder(Protocol):
-    """Where the events of one run go."""
+class Replay:
+    """The history of one run, and how far it has been met; of a run that is new there is none."""
 
-    def append(self, event: Event) -> None:
-        """Takes an event, to be written with the next batch."""
-        ...
+    def __init__(self, saga: str, history: list[Event], *, recovering: bool, resume: bool) -> None:
+        """Starts at the beginning.
 
-    async def flush(self) -> None:
-        """Waits until all that was appended is on disk.
-
-        Raises:
-            JournalError: It could not be written.
+        Args:
+            saga: Its name, for messages.
+            history: What holds of what is recorded.
+            recovering: Whether the run had begun in another process.
+            resume: Whether it goes on after the replay, or is taken back.
         """
-        ...
-
-    async def reopen(self) -> None:
-        """Takes up a run again that had ended, to be taken back."""
-        ...
-
-
-class RunMiddleware:
-    """The outermost middleware of one run."""
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        codec: Codec,
-        saga: str,
-        history: list[Event],
-        settled: set[Path],
-        *,
-        value_type: Any,
-        recovering: bool,
-        resume: bool,
-    ) -> None:
-        self._recorder = recorder
-        self._codec = codec
         self._saga = saga
         self._history = history
-        # What was taken back before the run was tried again, and stands in no order with the rest.
-        self._settled = settled
         self._resume = resume
-        self._value_type = value_type
-        # What the saga returned, in bytes.
-        self.value = b""
         self._cursor = 0
         # For each effect, where its events stand in the history.
         self._known: dict[tuple[str, Path], list[int]] = {}
@@ -136,87 +98,91 @@ class RunMiddleware:
         self.interrupted: Interrupted | None = None
         # What every effect raises from now on, compensations included: nothing more is to happen.
         self.abandoned: BaseException | None = None
-        # Why nothing more is recorded, though the run goes on.
-        self.broken: JournalError | None = None
-        self.ended = False
-        # Whether it was taken up again after that, to be taken back.
-        self.reopened = False
-        # The last exception of an action, for people.
-        self._last_error = ""
         # A native cancellation that came during the replay, to be raised at its end.
         self._late: BaseException | None = None
         if recovering:
             self._moved_on()
 
-    # --- the door ------------------------------------------------------------------------------
+    # --- for the middleware ----------------------------------------------------------------------
 
-    async def __call__(self, effect: Effect, call_next: CallNext) -> object:
-        """Replays an effect, or runs and records it."""
+    @property
+    def is_over(self) -> bool:
+        """Whether all of the history has been met."""
+        return self._cursor == len(self._history)
+
+    async def carry_out(self, effect: Effect, work: Callable[[], Awaitable[object]]) -> object:
+        """Does the work of an effect; with respect to the others, where it is a member of a group."""
         if self.abandoned is not None:
             raise self.abandoned
         path = effect.path
-        is_member = path != () and path[:-1] in self._groups and effect.kind in MEMBERS
-        if is_member and self._cursor < len(self._history):
-            self._ticks += 1
-            self._branches.add(path)
-            self._begun.add(path)
-            try:
-                result = await self._handle(effect, call_next)
-            except BaseException:
-                await self._hold_back(effect)
-                raise
-            else:
-                await self._let_fail(effect)
-                return result
-            finally:
-                self._ticks += 1
-                self._branches.discard(path)
-                self._wake_if_rolled_back()
-        return await self._handle(effect, call_next)
-
-    async def _handle(self, effect: Effect, call_next: CallNext) -> object:
-        match effect.kind:
-            case "action":
-                assert call_next.step is not None
-                return await self._action(effect, call_next, call_next.step)
-            case "compensation":
-                return await self._compensation(effect, call_next)
-            case "rollback":
-                return await self._rollback(effect, call_next)
-            case "commit":
-                return await self._commit(effect, call_next)
-            case _:
-                return await self._whole(effect, call_next)
-
-    async def _whole(self, effect: Effect, call_next: CallNext) -> object:
-        """A saga, or a group."""
         if effect.kind == "group":
-            self._groups.add(effect.path)
+            self._groups.add(path)
+        if self.is_over or not path or path[:-1] not in self._groups or effect.kind not in MEMBERS:
+            return await work()
+        self._ticks += 1
+        self._branches.add(path)
+        self._begun.add(path)
         try:
-            result = await call_next()
-        except Exception:
-            self._check_over(effect)
+            result = await work()
+        except BaseException:
+            await self._hold_back(effect)
             raise
-        if effect.kind == "group":
-            self._check_over(effect, but=EventKind.JOINED)
-            if not await self._meet(effect):
-                await self._go_forward(effect)
-                self._append(EventKind.JOINED, effect)
-        self._check_over(effect)
-        if not effect.path:
-            if self._left():
-                self._interrupt()  # it was cancelled where it had nothing more to do
-            if self.interrupted is not None:
-                raise self.interrupted  # or somebody has swallowed it
-            if self._late is not None:
-                raise self._late
-            if self.broken is not None:
-                raise self.broken  # what is on disk is not what the caller would be told
-            place = f"saga {self._saga!r}"
-            self.value = encode_result(self._codec, result, self._value_type, place)
-        return result
+        else:
+            await self._let_fail(effect)
+            return result
+        finally:
+            self._ticks += 1
+            self._branches.discard(path)
+            self._wake_if_rolled_back()
 
-    def _check_over(self, effect: Effect, *, but: EventKind | None = None) -> None:
+    async def meet(self, effect: Effect) -> list[Event]:
+        """Takes the events of an effect, each in its turn, and gives them."""
+        if self.is_over:
+            return []
+        indexes = self._known.pop((effect.kind, effect.path), [])
+        self._wake(self._met)
+        for index in indexes:
+            if self._history[index].name != effect.name:
+                self._refuse(self._history[index], f"{effect.name!r} is there now")
+        self._check_place(effect, indexes[0] if indexes else len(self._history))
+        for index in indexes:
+            await self._turn(index, effect)
+        return [self._history[index] for index in indexes]
+
+    async def park(self, effect: Effect, *, forward: bool) -> None:
+        """Waits until all history is replayed; for forward work, or until it is interrupted.
+
+        Raises:
+            Interrupted: Forward work must not start, or be started again.
+        """
+        key = (effect.kind, effect.path)
+        place = effect.path if forward else None
+        self._wake_if_rolled_back()
+        while not self.is_over:
+            waiting = self._parked[key] = anyio.Event()
+            try:
+                if forward and self._was_rolled_back(effect.path) and await self._is_quiet(effect):
+                    self._interrupt()
+                    break
+                await self._wait(waiting, effect, place)
+            finally:
+                del self._parked[key]
+            if self.abandoned is not None:
+                raise self.abandoned
+        if forward and self.interrupted is not None:
+            raise self.interrupted
+
+    async def go_forward(self, effect: Effect) -> None:
+        """Waits until forward work may run.
+
+        Raises:
+            Interrupted: It may not.
+        """
+        await self.park(effect, forward=True)
+        if self._late is not None:
+            raise self._late
+
+    def check_over(self, effect: Effect, *, but: EventKind | None = None) -> None:
         """Refuses to end something of which there is history left."""
         if self.abandoned is not None:
             raise self.abandoned
@@ -224,7 +190,27 @@ class RunMiddleware:
             if event.kind in FORWARD - {but} and below(event.path, effect.path):
                 self._refuse(event, f"{effect.kind} {effect.name!r} at {effect.path} ends without it")
 
-    # --- replay ----------------------------------------------------------------------------------
+    def check_completed(self) -> None:
+        """Makes sure that the run may end well.
+
+        Raises:
+            BaseException: It was interrupted, or cancelled, and nobody has noticed.
+        """
+        if self._left():
+            self._interrupt()  # it was cancelled where it had nothing more to do
+        if self.interrupted is not None:
+            raise self.interrupted  # or somebody has swallowed it
+        if self._late is not None:
+            raise self._late
+
+    def abandon(self, error: BaseException) -> NoReturn:
+        """Lets nothing more happen in this run; raises the error wherever something would."""
+        self.abandoned = error
+        self._wake([event for events in self._turns.values() for event in events])
+        self._wake([*self._parked.values(), *self._met, *self._released])
+        raise error
+
+    # --- how -------------------------------------------------------------------------------------
 
     def _left(self) -> list[Event]:
         return self._history[self._cursor :]
@@ -282,20 +268,6 @@ class RunMiddleware:
             event.set()
         events.clear()
 
-    async def _meet(self, effect: Effect) -> list[Event]:
-        """Takes the events of an effect, each in its turn, and gives them."""
-        if self._cursor == len(self._history):
-            return []
-        indexes = self._known.pop((effect.kind, effect.path), [])
-        self._wake(self._met)
-        for index in indexes:
-            if self._history[index].name != effect.name:
-                self._refuse(self._history[index], f"{effect.name!r} is there now")
-        self._check_place(effect, indexes[0] if indexes else len(self._history))
-        for index in indexes:
-            await self._turn(index, effect)
-        return [self._history[index] for index in indexes]
-
     async def _wait(self, event: anyio.Event, effect: Effect, place: Path | None) -> None:
         """Waits; or finds that all of the run waits, and for somebody who is not there any more."""
         with self._counted(effect, place):
@@ -342,7 +314,7 @@ class RunMiddleware:
 
     def _moved_on(self) -> None:
         """Wakes who was waiting for the cursor to come here."""
-        if self._cursor < len(self._history):
+        if not self.is_over:
             turn = self._turns.pop(self._cursor, None)
             if turn is not None:
                 self._wake(turn)
@@ -379,13 +351,6 @@ class RunMiddleware:
             )
         )
 
-    def abandon(self, error: BaseException) -> NoReturn:
-        """Lets nothing more happen in this run; raises the error wherever something would."""
-        self.abandoned = error
-        self._wake([event for events in self._turns.values() for event in events])
-        self._wake([*self._parked.values(), *self._met, *self._released])
-        raise error
-
     def _check_place(self, effect: Effect, index: int) -> None:
         """Refuses an effect while history is left that comes before it, in the same branch."""
         kinds = FORWARD if effect.kind in ("action", "group", "commit") else FORWARD | BACK
@@ -402,29 +367,6 @@ class RunMiddleware:
             if left != right:
                 return one[:common] in self._groups
         return False
-
-    async def _park(self, effect: Effect, *, forward: bool) -> None:
-        """Waits until all history is replayed; for forward work, or until it is interrupted.
-
-        Raises:
-            Interrupted: Forward work must not start, or be started again.
-        """
-        key = (effect.kind, effect.path)
-        place = effect.path if forward else None
-        self._wake_if_rolled_back()
-        while self._cursor < len(self._history):
-            waiting = self._parked[key] = anyio.Event()
-            try:
-                if forward and self._was_rolled_back(effect.path) and await self._is_quiet(effect):
-                    self._interrupt()
-                    break
-                await self._wait(waiting, effect, place)
-            finally:
-                del self._parked[key]
-            if self.abandoned is not None:
-                raise self.abandoned
-        if forward and self.interrupted is not None:
-            raise self.interrupted
 
     async def _is_quiet(self, effect: Effect) -> bool:
         """Tells whether all of the run waits; a sibling that still fails will cancel this one itself."""
@@ -449,185 +391,3 @@ class RunMiddleware:
                 other.kind is EventKind.STARTED and not below(other.path, event.path) for other in later
             )
         )
-
-    # --- actions and commits -----------------------------------------------------------------------
-
-    async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
-        events = await self._meet(effect)
-        last = events[-1] if events else None
-        if last is not None and last.kind in (EventKind.DONE, EventKind.FAILED):
-            return self._recall(effect, step, last)
-        if last is not None and len(events) > 1 and events[-2].kind is EventKind.DONE:
-            result = self._recall(effect, step, events[-2])
-            await self._go_forward(effect)
-            return result
-        try:
-            await self._go_forward(effect)
-        except BaseException as error:
-            if last is not None:
-                started = last.kind is EventKind.STARTED
-                state = StepState.UNKNOWN if started else StepState(last.data.decode())
-                step.recall(state, error=error)
-            raise
-        if last is not None and last.kind is EventKind.STARTED:
-            # It runs again; and whatever comes of that, it may have had its effect before.
-            step.recall(StepState.UNKNOWN, error=self._in_doubt())
-        return await self._run_action(effect, call_next, step)
-
-    async def _go_forward(self, effect: Effect) -> None:
-        """Waits until forward work may run.
-
-        Raises:
-            Interrupted: It may not.
-        """
-        await self._park(effect, forward=True)
-        if self._late is not None:
-            raise self._late
-
-    def _in_doubt(self) -> Interrupted:
-        return Interrupted("the process died while this action was running")
-
-    def _recall(self, effect: Effect, step: StepInHand, event: Event) -> object:
-        """Gives the recorded result of an action, or raises what it raised."""
-        kind = return_type(step.action)
-        if event.kind is EventKind.DONE:
-            result = self._decode(event.data, kind, effect)
-            step.recall(StepState.COMPLETED, result=result)
-            return result
-        data = json.loads(event.data)
-        error = decode_error(data["error"])
-        result = None
-        if data["result"] is not None:
-            result = self._decode(data["result"].encode("latin-1"), kind, effect)
-        step.recall(StepState(data["state"]), result=result, error=error)
-        raise error
-
-    def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
-        try:
-            return self._codec.decode(data, kind)
-        except Exception as error:
-            changed = SagaChanged(
-                f"the recorded result of {effect.name!r} at {effect.path}, "
-                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
-                "the action returns changed since?"
-            )
-            changed.__cause__ = error
-            self.abandon(changed)
-
-    async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
-        try:
-            await self._record(EventKind.STARTED, effect)
-            result = await call_next()
-        except BaseException as error:
-            self._last_error = f"{type(error).__name__}: {text_of(error)}"
-            with suppress(NotRecordable):  # then it stays in doubt
-                done = step.state is StepState.COMPLETED
-                result = self._encode(effect, step, step.result) if done else b""
-                if isinstance(error, Exception):
-                    failure = {
-                        "state": step.state.value,
-                        # Text, whatever the codec: each byte is a character.
-                        "result": result.decode("latin-1") if done else None,
-                        "error": encode_error(error),
-                    }
-                    self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
-                elif step.state is not StepState.UNKNOWN:
-                    # A cancellation is no result; but the action had returned before, or this step
-                    # is not in doubt, and will not be compensated.
-                    if done:
-                        self._append(EventKind.DONE, effect, result)
-                    self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
-            raise
-        self._append(EventKind.DONE, effect, self._encode(effect, step, result))
-        return result
-
-    def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
-        place = f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
-        return encode_result(self._codec, result, return_type(step.action), place)
-
-    async def _commit(self, effect: Effect, call_next: CallNext) -> object:
-        late: BaseException | None = None
-        if not await self._meet(effect):
-            await self._go_forward(effect)
-            late = await self._record_surely(EventKind.COMMITTED, effect)
-        result = await call_next()
-        if late is not None:
-            raise late
-        return result
-
-    # --- the way back --------------------------------------------------------------------------------
-
-    async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
-        if not await self._meet(effect):
-            await self._park(effect, forward=False)
-            if self.ended and not self.reopened:
-                with anyio.CancelScope(shield=True):  # from the time limit of the rollback
-                    await self._recorder.reopen()
-                self.reopened = True
-            self._append(EventKind.ROLLBACK, effect, self._last_error.encode())
-        return await call_next()
-
-    async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
-        if effect.path in self._settled:
-            return None
-        for last in (await self._meet(effect))[-1:]:
-            if last.kind is EventKind.COMPENSATED:
-                return None
-            if last.kind is EventKind.NOT_COMPENSATED:
-                raise decode_error(json.loads(last.data))
-        # Not begun; or in doubt, and then it runs again.
-        await self._park(effect, forward=False)
-        with suppress(JournalError):  # it has to run, recorded or not; recovery will run it again
-            await self._record(EventKind.COMPENSATING, effect)
-        try:
-            result = await call_next()
-        except BaseException as error:
-            if isinstance(error, Exception):
-                data = json.dumps(encode_error(error)).encode()
-                self._append(EventKind.NOT_COMPENSATED, effect, data)
-            raise
-        self._append(EventKind.COMPENSATED, effect)
-        return result
-
-    # --- recording -----------------------------------------------------------------------------------
-
-    def _append(self, kind: EventKind, effect: Effect, data: bytes = b"") -> None:
-        if self.broken is None:
-            try:
-                self._recorder.append(Event(kind, effect.path, effect.name, data, time.time()))
-            except JournalError as error:
-                # It has happened, recorded or not. What follows will not.
-                self.broken = error
-
-    async def _record(self, kind: EventKind, effect: Effect) -> None:
-        """Records what is about to happen; when this returns, it is on disk, and all before it."""
-        self._append(kind, effect)
-        await self._flush()
-
-    async def _flush(self) -> None:
-        try:
-            if self.broken is None:
-                await self._recorder.flush()
-        except JournalError as error:
-            # What was lost leaves a gap, after which nothing can be recorded any more.
-            self.broken = error
-        if self.broken is not None:
-            raise self.broken
-
-    async def _record_surely(self, kind: EventKind, effect: Effect) -> BaseException | None:
-        """As `_record`, but not cut off: a commit of which only the journal knows would be a lie.
-
-        Returns:
-            A native cancellation that came meanwhile.
-        """
-        late: BaseException | None = None
-        self._append(kind, effect)
-        written = False
-        with anyio.CancelScope(shield=True):
-            while not written:
-                try:
-                    await self._flush()
-                    written = True
-                except anyio.get_cancelled_exc_class() as error:
-                    late = error
-        return late

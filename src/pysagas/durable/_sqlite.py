@@ -26,8 +26,9 @@ import anyio
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
-from ._journal import Claim, Ending, Journal, Stored
+from ._journal import Journal
 from ._memory import in_words, other_run
+from ._storage import Claim, Ending, Stored
 from ._writer import Writer
 
 __all__ = ["SQLiteJournal"]

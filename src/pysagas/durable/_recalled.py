@@ -1,0 +1,139 @@
+"""A run that has ended, as it is recorded: its outcome is given again, without anything being run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+from pysagas import (
+    CompensationFailed,
+    Outcome,
+    Saga,
+    SagaState,
+    StepReport,
+    StepState,
+    attach_outcome,
+)
+
+from ._codec import Codec, decode_error, return_type
+from ._errors import RunInterrupted, SagaChanged
+from ._events import Event, EventKind, relevant
+from ._storage import Ending
+
+__all__ = ["Recorded", "exception_types", "leaves", "recalled", "taken_back", "value_type"]
+
+T = TypeVar("T")
+AnySaga = Saga[..., Any]
+
+
+class Recorded:
+    """A run that has ended, as its outcome needs it."""
+
+    def __init__(self, saga: str, run_id: str, reports: Callable[[], tuple[StepReport, ...]]) -> None:
+        self.saga_name = saga
+        self.run_id = run_id
+        self.reports = reports
+
+
+def recalled(
+    ending: Ending,
+    events: Iterable[Event],
+    codec: Codec,
+    saga: Saga[..., T],
+    run_id: str,
+    exceptions: Any,
+) -> Outcome[T]:
+    """Gives the outcome of a run that has ended, or raises what it raised."""
+    reports = _reports(events, codec)
+    run = Recorded(saga.name, run_id, lambda: reports)
+    state = SagaState[ending.state.name]
+    if state is SagaState.COMPLETED:
+        return Outcome(run, state, _value(ending.value, codec, saga, run_id), None)
+    if ending.error is None:
+        return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
+    error = decode_error(ending.error)
+    outcome: Outcome[Any] = Outcome(run, state, None, error)
+    if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
+        failures = [r.compensation_error for r in reports if r.compensation_error is not None]
+        error = CompensationFailed(saga.name, None, failures, outcome)
+        outcome = Outcome(run, state, None, error)
+        error.outcome = outcome
+    if not isinstance(error, Exception):
+        raise taken_back(run_id, outcome) from None
+    attach_outcome(error, outcome)
+    expected = (*saga.exceptions, *exception_types(exceptions))
+    if state is SagaState.COMPENSATED and all(isinstance(leaf, expected) for leaf in leaves(error)):
+        return outcome
+    raise error
+
+
+def _value(data: bytes, codec: Codec, saga: AnySaga, run_id: str) -> Any:
+    kind = value_type(saga)
+    try:
+        return codec.decode(data, kind)
+    except Exception as error:
+        raise SagaChanged(
+            f"the recorded value of run {run_id!r} of saga {saga.name!r}, "
+            f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
+            "the saga returns changed since?"
+        ) from error
+
+
+def taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
+    """Makes the error of a run that was not carried out, since its process died."""
+    error = RunInterrupted(f"the process of run {run_id!r} died, and the run has been taken back")
+    error.outcome = outcome
+    return error
+
+
+def leaves(error: BaseException) -> Iterable[BaseException]:
+    """Gives the exceptions in a group, in whatever depth; of any other, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from leaves(one)
+    else:
+        yield error
+
+
+def exception_types(exceptions: Any) -> tuple[type[BaseException], ...]:
+    """Gives what was given as one type, several, or none."""
+    if exceptions is None:
+        return ()
+    return tuple(exceptions) if hasattr(exceptions, "__iter__") else (exceptions,)
+
+
+def value_type(saga: AnySaga) -> Any:
+    """Gives the type of what a saga returns."""
+    return type(None) if saga.function is None else return_type(saga.function)
+
+
+def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
+    """Gives the reports of the steps of a run that has ended, from its history."""
+    reports: dict[tuple[int, ...], StepReport] = {}
+    history, settled = relevant(events)
+    for kind, path, name, data, _ in history:
+        known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
+        match kind:
+            case EventKind.STARTED:
+                reports[path] = known
+            case EventKind.DONE:
+                result = codec.decode(data, Any)
+                reports[path] = known._replace(state=StepState.COMPLETED, result=result)
+            case EventKind.FAILED:
+                failure = json.loads(data)
+                state = StepState(failure["state"])
+                reports[path] = known._replace(state=state, error=decode_error(failure["error"]))
+            case EventKind.CUT_OFF:
+                reports[path] = known._replace(state=StepState(data.decode()))
+            case EventKind.COMPENSATED:
+                reports[path] = known._replace(state=StepState.COMPENSATED)
+            case EventKind.COMPENSATING:
+                reports[path] = known._replace(state=StepState.COMPENSATION_FAILED)
+            case EventKind.NOT_COMPENSATED:
+                reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
+            case _:
+                pass
+    for path in settled:
+        reports[path] = reports[path]._replace(state=StepState.COMPENSATED)
+    return tuple(reports[path] for path in sorted(reports))

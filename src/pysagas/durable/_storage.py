@@ -1,0 +1,118 @@
+"""What a journal needs of the place where it keeps its runs: runs and events, and nothing of sagas."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from ._events import Event, RunInfo, RunState
+
+__all__ = ["Claim", "Ending", "Storage", "Stored"]
+
+
+class Ending(NamedTuple):
+    """How a run ended, as it is recorded.
+
+    Attributes:
+        state: Which of the three ends.
+        value: What the saga returned; empty where it did not.
+        error: What it raised, as `encode_error` gives it; None where it did not.
+    """
+
+    state: RunState
+    value: bytes
+    error: dict[str, Any] | None
+
+
+class Claim(NamedTuple):
+    """A run that this process has taken into its hands, or found ended.
+
+    Attributes:
+        key: By which the storage knows it.
+        ending: How it ended; None for one that has not.
+        is_new: Whether it has just been started.
+    """
+
+    key: int
+    ending: Ending | None = None
+    is_new: bool = False
+
+
+class Stored(NamedTuple):
+    """A run as it is stored: what is needed to go on with it."""
+
+    run_id: str
+    saga: str
+    version: str | None
+    args: bytes
+    state: RunState
+
+
+class Storage(ABC):
+    """Keeps runs and their events. `Journal` is built on it; a subclass of that says how."""
+
+    @abstractmethod
+    async def _claim(
+        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+    ) -> Claim:
+        """Takes a run into hand: a new one, or one whose process died; or finds it ended.
+
+        Raises:
+            RunInProgress: A process that lives has it.
+            OtherRun: It is of another saga, or has other arguments.
+        """
+
+    @abstractmethod
+    async def _release(self, key: int) -> None:
+        """Lets a run go that has not ended, so that somebody can recover it."""
+
+    @abstractmethod
+    async def _load(self, key: int) -> list[Event]:
+        """Gives the events of a run, in their order."""
+
+    @abstractmethod
+    def _append(self, key: int, event: Event) -> None:
+        """Takes an event, to be written with the next batch."""
+
+    @abstractmethod
+    async def _flush(self) -> None:
+        """Waits until all that was appended is on disk.
+
+        Raises:
+            JournalError: It could not be written.
+        """
+
+    def _check_whole(self, key: int) -> None:  # noqa: B027 - most storages have nothing to say
+        """Makes sure that nothing was lost of what was appended to a run, and flushed.
+
+        Raises:
+            JournalError: Something was.
+        """
+
+    @abstractmethod
+    async def _end(self, key: int, ending: Ending) -> None:
+        """Records how a run ended, after all that was appended."""
+
+    @abstractmethod
+    async def _reopen(self, key: int) -> None:
+        """Takes into hand a run that had ended."""
+
+    @abstractmethod
+    async def _unfinished(self) -> list[Stored]:
+        """Gives the runs that have not ended, the oldest first."""
+
+    @abstractmethod
+    async def _stored(self, run_id: str) -> Stored | None:
+        """Gives one run; None where there is none of that id."""
+
+    @abstractmethod
+    async def _list(self) -> list[RunInfo]:
+        """Lists the runs, the oldest first."""
+
+    @abstractmethod
+    async def _events(self, run_id: str) -> list[Event]:
+        """Gives the events of a run, by its id."""
+
+    @abstractmethod
+    async def _prune(self, before: float) -> int:
+        """Forgets runs that ended before, and did not fail."""
