@@ -9,8 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from model import Model, Stopped, way_back
-from trees import CANCELS, Event, History, Par, Part, Raise, Seq, Step, inner_parts, steps_of
+from choices import Run
+from trees import (
+    CANCELS,
+    Ended,
+    Event,
+    History,
+    Par,
+    Part,
+    Raise,
+    Seq,
+    Step,
+    inner_parts,
+    parts_of,
+    steps_of,
+)
 
 BEGINS = {"start": "action", "undo": "back", "compensate": "back"}
 NO_ENDS = {"start", "undo", "compensate", "again", "tick", "first", "second", "removed", *CANCELS}
@@ -72,7 +85,7 @@ class Seen:
         return part in self.given_up
 
 
-def read(events: list[Event], make: Callable[[Seen], Model], *, failed: bool) -> Model:
+def read(events: list[Event], make: Callable[[Seen], Run], *, failed: bool) -> Run:
     """Gives the model's run with the history that was recorded.
 
     Where the record does not show by itself what the loop's choice was, all of them are tried.
@@ -129,24 +142,24 @@ def names_in(history: History) -> Iterator[str]:
                 yield from names_in(line)
 
 
-def check(model: Model, seen: Seen) -> None:
+def check(model: Run, seen: Seen) -> None:
     """Fails where a record is none of the histories that the model allows."""
     assert fits(model.history, seen.events), f"not a history of this saga: {model.history}"
-    for part in all_parts(model.root):
+    for part in parts_of(model.root):
         if isinstance(part, Par):
             Members(part, seen, model).check()
-        elif isinstance(part, Seq) and model.stops(part):
+        elif isinstance(part, Seq) and part.stop:
             # Not of threads: the loop knows of what they do only later.
             names = {step.name for step in steps_of(part) if step.style != "blocking"}
             begun = max((seen.begin.get((name, "back"), -1) for name in names), default=-1)
-            for name in names.intersection(model.broken):
+            for name in names & model.broken():
                 assert begun < seen.end[name, "back"], "G11: goes back after the stop"
 
 
 class Members:
     """The members of one group, and when they ran."""
 
-    def __init__(self, group: Par, seen: Seen, model: Model) -> None:
+    def __init__(self, group: Par, seen: Seen, model: Run) -> None:
         self.group = group
         self.seen = seen
         self.model = model
@@ -167,8 +180,7 @@ class Members:
             member
             for member in group.members
             if any(
-                self.seen.begins(step, "back") or way_back(step, self.model.state[step.name])
-                for step in steps_of(member)
+                self.seen.begins(step, "back") or self.model.way_back(step) for step in steps_of(member)
             )
         ]
         if len(going_back) <= (group.limit or len(going_back)):
@@ -271,12 +283,6 @@ def ended_badly(step: Step, seen: Seen) -> bool:
     }
 
 
-def all_parts(part: Part) -> Iterator[Part]:
-    yield part
-    for inner in inner_parts(part):
-        yield from all_parts(inner)
-
-
 def paths(part: Part, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Step]]:
     """Gives each step with its path."""
     if isinstance(part, Step):
@@ -287,7 +293,7 @@ def paths(part: Part, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, .
 
 def holds_group(part: Part) -> bool:
     """Tells whether members may interleave, so that the loop has a choice."""
-    return any(isinstance(inner, Par) for inner in all_parts(part))
+    return any(isinstance(inner, Par) for inner in parts_of(part))
 
 
 def group_name(group: Par) -> str:
@@ -297,25 +303,29 @@ def group_name(group: Par) -> str:
 
 def explains(
     error: BaseException | None,
-    stopped: Stopped,
+    ended: Ended,
     raised: Callable[[Step | Raise, BaseException | None], bool],
+    *,
+    functions: bool,
 ) -> bool:
     """G5: tells whether this is the failure that the model says, given what each action raised."""
     error = getattr(error, "error", error)  # of a function's CompensationFailed
-    group = stopped.reason
+    group = ended.reason
     if isinstance(group, Step | Raise):
         return raised(group, error)
     assert isinstance(group, Par)
     if not isinstance(error, ExceptionGroup) or repr(group_name(group)) not in str(error):
         return False
     left = list(error.exceptions)
-    for member in stopped.members:
-        if left and explains(left[0], member, raised):
+    for member in ended.members:
+        if left and explains(left[0], member, raised, functions=functions):
             del left[0]
         else:
             # Over its failure goes a cancellation, if it is cancelled while it is failing (G8):
-            # possible where it does not end in the instant in which it fails.
-            assert len(stopped.members) > 1, "G5: the failure is missing"
+            # possible where it does not end in the instant in which it fails. The call of a function
+            # is taken back first, which takes time.
+            assert len(ended.members) > 1, "G5: the failure is missing"
             at_once = isinstance(member.reason, Step) and member.reason.style in {"async", "sync"}
-            assert not (group.finish or (at_once and not member.late)), "G5: a failure is missing"
+            late = functions and member.reason not in group.members
+            assert not (group.finish or (at_once and not late)), "G5: a failure is missing"
     return not left

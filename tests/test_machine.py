@@ -18,6 +18,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
+from choices import Run
 from conftest import BACKENDS
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from model import Model
 from reading import read
 from strategies import Trial, expectations, trials
 from test_properties import NAME, PROFILE, World, agrees, check_cells
@@ -142,7 +142,8 @@ class Machine(RuleBasedStateMachine):
     def enter(self, nested: bool, catch: bool, stop: bool) -> None:
         """Opens a nested scope, or an inner saga."""
         if self.depth:
-            seq = Seq((), stop, nested, catch)
+            # A nested scope has no options.
+            seq = Seq((), stop and not nested, nested, catch)
             self.open.append((seq, []))
             self.tell(seq)
             self.done()
@@ -203,7 +204,7 @@ class Machine(RuleBasedStateMachine):
             self.run.result()
             agrees(world)
             return
-        make = partial(Model, tree, world.plan, functions=True, later=False)
+        make = partial(Run, tree, world.plan, functions=True, later=False)
         model = read(world.events, make, failed=False)
         assert model.error is None, "the function goes on"
         check_cells(world, model)

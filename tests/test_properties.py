@@ -19,9 +19,9 @@ from typing import Any
 import anyio
 import pytest
 import trio.testing
+from choices import Run
 from conftest import BACKENDS
 from hypothesis import HealthCheck, example, given, settings
-from model import Model
 from reading import explains, group_name, holds_group, paths, read
 from strategies import Trial, safe_trials, trials
 from trees import CANCELS, HOW, Commit, Event, Fault, Par, Part, Raise, Seq, Step, script, steps_of
@@ -460,7 +460,7 @@ def agrees(world: World) -> None:
     trial = world.trial
     model = read(
         world.events,
-        partial(Model, trial.tree, world.plan, functions=trial.functions, later=trial.later),
+        partial(Run, trial.tree, world.plan, functions=trial.functions, later=trial.later),
         failed=not world.completed,
     )
     if len(world.plan) == 1 and world.plan[0].phase == "action" and not world.own:
@@ -482,10 +482,10 @@ def is_from(world: World, error: BaseException | None, step: str, phase: str) ->
     return error is raised
 
 
-def check_caller(world: World, model: Model) -> None:
+def check_caller(world: World, model: Run) -> None:
     """G5, G8, G10, G11, G12: what the caller gets."""
     kind, got, outcome = model.goes_to_the_caller, world.error, world.outcome
-    if kind == "nothing":
+    if kind == "done":
         assert got is None
         assert outcome is not None
         assert outcome.error is None
@@ -497,7 +497,7 @@ def check_caller(world: World, model: Model) -> None:
             return any(error is own for own in world.own)
         return is_from(world, error, part.name, "action")
 
-    if kind == "failure":
+    if kind == "failed":
         if got is None:
             assert outcome is not None
             got = outcome.error
@@ -507,7 +507,7 @@ def check_caller(world: World, model: Model) -> None:
         restored = model.saga_state == "COMPENSATED"
         swallowed = restored and all(isinstance(leaf, kinds) for leaf in leaves(got))
         assert (world.error is None) == swallowed
-        assert explains(got, model.error, raised)
+        assert explains(got, model.error, raised, functions=model.functions)
     assert got is not None
     if kind == "quit":
         assert any(
@@ -527,8 +527,8 @@ def check_caller(world: World, model: Model) -> None:
     final = outcome_of(got) if world.error is not None else outcome
     assert final is not None
     assert final.state.name == model.saga_state
-    assert final.error is (got if model.error or model.broken else None)
-    if model.broken:
+    assert final.error is (got if model.error or model.broken() else None)
+    if model.broken():
         failed = got if kind == "compensation failed" else got.__cause__
         assert isinstance(failed, CompensationFailed)
         check_failures(world, model, failed)
@@ -540,7 +540,7 @@ def check_caller(world: World, model: Model) -> None:
             model.quits or (model.functions and holds_group(model.root))
         ):
             # In a group, a branch that was cancelled and could not be taken back is a failure too.
-            assert explains(started, model.error, raised)
+            assert explains(started, model.error, raised, functions=model.functions)
         assert isinstance(failed.__cause__, BaseExceptionGroup)
         parts = failed.failures if started is None else (started, *failed.failures)
         assert failed.__cause__.exceptions[: len(parts)] == parts
@@ -549,7 +549,7 @@ def check_caller(world: World, model: Model) -> None:
     world.outcome = final
 
 
-def check_failures(world: World, model: Model, failed: CompensationFailed) -> None:
+def check_failures(world: World, model: Run, failed: CompensationFailed) -> None:
     """G10, G11: each failed compensation, in their order, and that time had run out if it had."""
     ends = {step: index for index, (_, step) in enumerate(world.events)}
     out_of_time = [error for error in failed.failures if "; not begun:" in str(error)]
@@ -559,9 +559,9 @@ def check_failures(world: World, model: Model, failed: CompensationFailed) -> No
     assert all(str(error) in str(failed) for error in failures)
     # A thread has failed before the loop knows of it.
     threads = {step.name for step in steps_of(model.root) if step.style == "blocking"}
-    for step in threads.intersection(model.broken):
+    for step in threads.intersection(model.broken()):
         failures.remove(next(error for error in failures if is_from(world, error, step, "back")))
-    ordered = sorted(set(model.broken) - threads, key=ends.__getitem__)
+    ordered = sorted(model.broken() - threads, key=ends.__getitem__)
     assert len(failures) == len(ordered)
     assert all(map(partial(is_from, world), failures, ordered, repeat("back")))
 
@@ -574,7 +574,7 @@ def check_note(note: str, outcome: Outcome[Any]) -> None:
         assert sum(name in note for name in names) >= min(len(names), 5)
 
 
-def check_report(world: World, model: Model) -> None:
+def check_report(world: World, model: Run) -> None:
     """G13: each step ends in one state, and no exception is lost."""
     assert world.outcome is not None
     known = {step.name: (path, step) for path, step in paths(model.root)}
@@ -612,7 +612,7 @@ def check_calls(world: World) -> None:
             assert tuple(called) == wanted
 
 
-def check_cells(world: World, model: Model) -> None:
+def check_cells(world: World, model: Run) -> None:
     """G13: the states tell the truth about the effects."""
     for step in steps_of(model.root):
         left = {half for name, half in world.cells if name == step.name}

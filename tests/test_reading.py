@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from model import Model
+from choices import Run
 from reading import read
 from trees import Event, Par, Seq, Step
 
@@ -16,7 +16,7 @@ STEPS = (Step("one"), Step("two"))
 
 
 def reads(events, tree):
-    make = partial(Model, tree, (), functions=False, later=False)
+    make = partial(Run, tree, (), functions=False, later=False)
     return read(events, make, failed=False)
 
 

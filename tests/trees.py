@@ -1,8 +1,8 @@
-"""The words in which tests speak of sagas: a tree of parts, faults that are planned for it, events."""
+"""The words in which tests speak of sagas: a tree, faults that are planned for it, what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,6 +94,14 @@ class Together(NamedTuple):
     lines: list[History]
 
 
+class Ended(NamedTuple):
+    """How a part ended, and whose doing it was; of a group, the members that failed."""
+
+    how: str  # "done", "failed", "cancelled", "compensation failed", "quit"
+    reason: Part
+    members: tuple[Ended, ...] = ()
+
+
 History = list[Event | Together]
 Plan = tuple[Fault, ...]
 CANCELS = {"scope", "native", "native twice", "call"}
@@ -133,3 +141,22 @@ def steps_of(part: Part) -> Iterator[Step]:
         yield part
     for inner in inner_parts(part):
         yield from steps_of(inner)
+
+
+def parts_of(part: Part) -> Iterator[Part]:
+    """Gives a part, and all that is in it."""
+    yield part
+    for inner in inner_parts(part):
+        yield from parts_of(inner)
+
+
+def holds(part: Part, names: Container[str]) -> bool:
+    """Tells whether one of these steps is in a part."""
+    return any(step.name in names for step in steps_of(part))
+
+
+def fork(line: History, group: Par) -> Iterator[tuple[Part, History]]:
+    """Gives each member of a group a line of its own, beside those of the others."""
+    together = Together([[] for _ in group.members])
+    line.append(together)
+    return zip(group.members, together.lines, strict=True)
