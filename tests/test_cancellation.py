@@ -1540,6 +1540,25 @@ def test_generator_exit_warns_and_names_the_steps(by: str, shape: Any, world: Wo
     assert world.log == ["a", "b"]
 
 
+@pytest.mark.parametrize("shape", [*SEQUENCES, *GROUPED], ids=lambda shape: shape.__name__)
+async def test_generator_exit_of_an_action(shape: Any, world: World) -> None:
+    """An action that raises it looks like one that is closed: it goes on as it is, and nothing is awaited."""
+    with pytest.warns(ResourceWarning, match="not taken back: b, a"), pytest.raises(GeneratorExit):
+        await shape(world.member("a"), world.member("b", before=GeneratorExit()))
+    assert world.order == ["a", "b"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("shape", SEQUENCES, ids=lambda shape: shape.__name__)
+async def test_g10_generator_exit_of_a_compensation(shape: Any, together: bool, world: World) -> None:
+    """A compensation that raises it has failed, as with any exception; the others run."""
+    parts = [world.member("a"), world.member("b", back=GeneratorExit()), world.member("c")]
+    with pytest.raises(CompensationFailed) as caught:
+        await shape(*([Parallel(*parts)] if together else parts), world.step("d", after=Boom()))
+    assert [type(error) for error in caught.value.failures] == [GeneratorExit]
+    assert world.done == ["b"]
+
+
 def test_generator_exit_with_nothing_to_take_back_is_silent() -> None:
     """Nothing is said where nothing is left."""
     coroutine = Saga([Step(suspend)])()
@@ -1606,6 +1625,31 @@ def test_generator_exit_within_a_group(
 
 @in_a_killable_process
 @pytest.mark.parametrize("closed", [False, True], ids=["open loop", "closed loop"])
+@pytest.mark.parametrize("shielded", [False, True], ids=["group", "shielded"])
+@on_each_loop
+def test_generator_exit_within_a_call_is_no_failure(
+    loop_factory: Any, shielded: bool, closed: bool, world: World
+) -> None:
+    """A function that catches what its calls raise does not go on where its coroutine is closed."""
+
+    async def hang() -> None:
+        world.begun("hang").set()
+        await never_ends()
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        try:
+            await scope.step(Step(hang, shield=True) if shielded else Parallel(Step(hang)))
+        except Exception as error:  # pragma: no cover - must not be reached
+            caught.append(error)
+
+    caught: list[Exception] = []
+    assert close_in_the_middle(loop_factory, function, world.begun("hang"), closed=closed) == []
+    assert caught == []
+
+
+@in_a_killable_process
+@pytest.mark.parametrize("closed", [False, True], ids=["open loop", "closed loop"])
 @pytest.mark.parametrize("with_middleware", [False, True])
 @pytest.mark.parametrize("in_group", [False, True])
 @on_each_loop
@@ -1617,15 +1661,23 @@ def test_generator_exit_within_a_rollback(
     async def middleware(effect: Any, call_next: Any) -> object:
         return await call_next()
 
-    step: Any = world.member("b", back=never_ends)
-    parts = [world.step("a"), Parallel(step) if in_group else step, world.step("c", after=Boom())]
+    part: Any = world.member("b", back=never_ends)
+    if in_group:
+        part = Parallel(part, world.member("d"), limit=1)
+    parts = [world.step("a"), part, world.step("c", after=Boom())]
 
     async def work() -> None:
-        await as_data(*parts, middleware=[middleware] if with_middleware else [])
+        try:
+            await as_data(*parts, middleware=[middleware] if with_middleware else [])
+        except Exception as error:  # pragma: no cover - must not be reached
+            caught.append(error)
 
+    caught: list[Exception] = []
     messages = close_in_the_middle(loop_factory, work, world.begun("-b"), closed=closed)
+    assert caught == []
     assert len(messages) == 1
-    assert "not taken back: a" in messages[0]
+    assert f"not taken back: {'d, a' if in_group else 'a'}" in messages[0]
+    assert world.order[-1] == "-b"
 
 
 @pytest.mark.parametrize("shape", SEQUENCES, ids=lambda shape: shape.__name__)

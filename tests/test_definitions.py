@@ -406,6 +406,8 @@ async def test_refused_arguments_of_a_scope():
             ),
             "two different steps have the name 'pay'",
         ),
+        (lambda: Saga([], rollback_timeout=-1), "^Saga: rollback_timeout must be"),
+        (lambda: Saga([], name="trip", middleware=3), "^Saga 'trip': middleware must be"),
         (lambda: open_saga(name=""), "name must be"),
         (lambda: open_saga(exceptions=3), "open_saga: exceptions must be"),
         (lambda: open_saga(name="block", exceptions=3), "open_saga 'block': exceptions"),

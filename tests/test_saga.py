@@ -539,6 +539,52 @@ async def test_a_method_of_the_class():
     assert ("agency", 1, 2) == await Agency.bare(Agency("agency"), 1, key=2)
 
 
+# Without an annotation, and with a name that says nothing.
+async def of_a_module(first, number):
+    return 2 * number
+
+
+async def test_a_function_of_a_module_may_name_its_scope_as_it_likes():
+    """Only what stands in a class body is taken for a method: a function of a module is a saga."""
+    assert 6 == await saga(of_a_module)(3)
+
+
+class Traced:
+    """A decorator written as a class: what it gives has the function's names, and no code."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    async def __call__(self, *args):
+        return await self.function(*args)
+
+
+class Desk:
+    """A class that holds a saga which is no method."""
+
+    @saga
+    @Traced
+    async def book(first, number):  # noqa: N805 - it is bound to no instance
+        return 2 * number
+
+
+async def test_an_object_in_a_class_body_is_no_method():
+    """An object that stands for a function is bound to no instance, so its saga takes the scope first."""
+    assert 6 == await Desk.book(3)
+    assert 6 == await Desk().book(3)
+
+
+def test_refused_class_method():
+    """`@saga` above `@classmethod` is refused where it stands, since that gives nothing to call yet."""
+    with pytest.raises(SagaDefinitionError, match="it must be an async function"):
+
+        class Wrong:
+            @saga
+            @classmethod
+            async def trip(cls, scope): ...
+
+
 def test_refused_option_of_a_method():
     """An option that cannot work is refused where the method is decorated."""
     with pytest.raises(SagaDefinitionError, match="exceptions must be"):

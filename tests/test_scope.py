@@ -13,6 +13,7 @@ import pytest
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, sleep_forever
 from anyio.lowlevel import checkpoint
 from helpers import (
+    SEQUENCES,
     Boom,
     Crash,
     World,
@@ -1175,20 +1176,26 @@ async def test_an_async_generator_that_is_closed_does_not_go_on_after_its_block(
     assert went_on == []
 
 
+@pytest.mark.parametrize("nested", [False, True])
 async def test_g11_an_async_generator_that_is_closed_and_cannot_be_taken_back(
-    world: World,
+    nested: bool, world: World
 ) -> None:
-    """`aclose` raises CompensationFailed then."""
+    """`aclose` raises CompensationFailed then, which says that closing the generator started it."""
 
     async def numbers() -> AsyncIterator[int]:
-        async with open_saga() as scope:
+        async with AsyncExitStack() as stack:
+            scope = await stack.enter_async_context(open_saga())
+            if nested:
+                scope = await stack.enter_async_context(scope.nested())
             await scope.step(world.step("a", back=Crash()))
             yield 1
 
     one = numbers()
     assert await anext(one) == 1
-    with pytest.raises(CompensationFailed):
+    with pytest.raises(CompensationFailed) as caught:
         await one.aclose()
+    assert isinstance(caught.value.error, ScopeClosed)
+    assert str(caught.value.error) == "the async generator around the saga was closed"
 
 
 class Suspended:
@@ -1268,6 +1275,56 @@ async def test_a_coroutine_that_is_closed_while_a_loop_runs(make: Any, world: Wo
     assert len(messages) == 1
     assert "not taken back: a" in messages[0]
     assert "-a" not in world.order
+
+
+def test_an_async_generator_that_is_closed_where_no_loop_runs(world: World) -> None:
+    """It ends without an error, and a ResourceWarning names what is left."""
+
+    async def numbers() -> AsyncIterator[int]:
+        async with open_saga() as scope:
+            await scope.step(world.step("a"))
+            yield 1
+
+    one: Any = numbers()
+    with pytest.raises(StopIteration):
+        anext(one).send(None)
+    with pytest.warns(ResourceWarning, match="not taken back: a"), pytest.raises(StopIteration):
+        one.aclose().send(None)
+
+
+def test_a_function_that_is_closed_may_still_note_what_is_to_be_taken_back(world: World) -> None:
+    """In its clean-up, since its step has ended with it; the warning names that, too."""
+
+    def left_over() -> None: ...
+
+    @saga
+    async def function(scope: SagaScope) -> None:
+        try:
+            await scope.step(world.step("a", before=suspend))
+        finally:
+            scope.on_rollback(left_over)
+
+    coroutine = function()
+    coroutine.send(None)
+    with pytest.warns(ResourceWarning, match="not taken back: left_over, a"):
+        coroutine.close()
+
+
+class Falsy(Exception):
+    """As an exception with a length of zero."""
+
+    def __bool__(self) -> bool:
+        return False  # pragma: no cover - nobody asks
+
+
+@pytest.mark.parametrize("shape", SEQUENCES, ids=lambda shape: shape.__name__)
+async def test_g2_an_exception_that_counts_as_false_is_a_failure(shape: Any, world: World) -> None:
+    """Whatever an exception's class says of its truth, it goes on, and all is taken back."""
+    error = Falsy()
+    with pytest.raises(Falsy) as caught:
+        await shape(world.step("a"), world.step("b", after=error))
+    assert caught.value is error
+    assert world.log == ["a", "b", "-b", "-a"]
 
 
 async def test_open_saga_around_a_task_group(world: World) -> None:

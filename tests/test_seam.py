@@ -183,20 +183,20 @@ async def test_run_with_expects_what_the_saga_and_the_caller_expect():
         ({"run_id": ""}, "run_id must be a non-empty string"),
         ({"run_id": 42}, "run_id must be a non-empty string"),
         ({"middleware": print}, "middleware must be a list"),
-        ({"exceptions": "Boom"}, "exceptions"),
+        ({"exceptions": "Boom"}, "exceptions must be an exception type"),
     ],
     ids=["empty", "number", "function", "string"],
 )
 async def test_run_with_refuses_what_cannot_work(options, words):
-    """Nothing has run then."""
-    with pytest.raises(SagaDefinitionError, match=words):
-        await Saga([Step(print)]).run_with((), **options)
+    """The message says of which call, and nothing has run."""
+    with pytest.raises(SagaDefinitionError, match=f"^<Saga 'trip'>.run_with: {words}"):
+        await Saga([Step(print)], name="trip").run_with((), **options)
 
 
 async def test_run_with_checks_the_arguments():
     """As `run` does."""
-    with pytest.raises(TypeError, match="run_with"):
-        await Saga([Step(lambda one: None, name="one")]).run_with((1, 2))
+    with pytest.raises(TypeError, match=r"^<Saga 'trip'>.run_with\(1, 2\): "):
+        await Saga([Step(lambda one: None, name="one")], name="trip").run_with((1, 2))
 
 
 @pytest.mark.parametrize("version", ["", 2], ids=["empty", "number"])
@@ -211,7 +211,7 @@ def test_a_version_is_a_string(version):
         lambda: saga(version=version)(function),
         lambda: SagaBuilder.create(version=version),
     ):
-        with pytest.raises(SagaDefinitionError, match="version must be a non-empty string"):
+        with pytest.raises(SagaDefinitionError, match="^@?[Ss]aga: version must be a non-empty string"):
             build()
 
 

@@ -146,7 +146,7 @@ def compose_attempts(step: Step[..., Any]) -> Callable[[Attempted], Awaitable[An
         try:
             result = await call_sheltered(partial(tried, record))
         except BaseException as error:
-            if not orders_to_quit(error):
+            if not isinstance(error, GeneratorExit) and not orders_to_quit(error):
                 await checkpoint_if_cancelled()
             raise
         finally:
@@ -164,20 +164,21 @@ def compose_back(
     step: Step[..., Any], function: Callable[..., object] | None
 ) -> Callable[..., object] | None:
     """Wraps thread, retry and timeout around an undo or a compensation."""
+    if function is None:
+        return None
     limit = step.compensation_timeout
     retry = step.compensation_retry
-    threaded = step.blocking and function is not None and not is_async(function)
-    if function is None or (limit is None and retry is None and not threaded):
+    threaded = step.blocking and not is_async(function)
+    if limit is None and retry is None and not threaded:
         return function
-    back = function
 
     async def once(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         if threaded:
-            return await _in_thread(step, back, args, kwargs, _threads_back())
+            return await _in_thread(step, function, args, kwargs, _threads_back())
         if limit is None:
-            return await settle(back(*args, **kwargs))
+            return await settle(function(*args, **kwargs))
         with move_on_after(limit) as scope:
-            return await settle(back(*args, **kwargs))
+            return await settle(function(*args, **kwargs))
         # Unreachable unless the scope swallowed its own cancellation.
         assert scope.cancelled_caught
         raise TimeoutError(f"taking back step {step.name!r} did not end within {limit} s")

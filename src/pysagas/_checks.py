@@ -97,8 +97,8 @@ def check_middleware(place: str, middleware: object) -> None:
         raise SagaDefinitionError(
             f"{place}: middleware must be a list or a tuple of callables, not {middleware!r}"
         )
-    for one in cast("tuple[object, ...]", middleware):
-        if not callable(one) or not takes(one, 2):
+    for one in cast("tuple[Callable[..., object], ...]", middleware):
+        if not takes(one, 2):
             raise SagaDefinitionError(
                 f"{place}: a middleware must be an async callable of (effect, call_next), not {one!r}"
             )

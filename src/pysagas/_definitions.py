@@ -314,7 +314,7 @@ class Step(Definition[P, T_co]):
             )
         if compensation_timeout is not None:
             for kind, function in going_back:
-                if not blocking and not is_async(function):
+                if not is_async(function):
                     raise SagaDefinitionError(
                         f"{place}: compensation_timeout={compensation_timeout!r}, but the {kind} is "
                         "not an async function, and a sync call cannot be timed out"

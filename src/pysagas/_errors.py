@@ -150,15 +150,15 @@ def without_cancellation(error: BaseException, cancelled: type[BaseException]) -
 
 def give_context(error: BaseException, earlier: BaseException | None) -> None:
     """Puts what yields at the end of the contexts of what goes on, so that a traceback shows it."""
-    if earlier is None or any(context is error for context in _contexts(earlier)):
+    if earlier is None:
         return
-    last = error
     # The two may have a context in common, what was being handled when all this began: then what
     # yields goes before it.
     shared = set(map(id, _contexts(earlier)))
+    if id(error) in shared:
+        return
+    last = error
     for context in _contexts(error):
-        if context is earlier:
-            return
         if id(context) in shared:
             break
         last = context

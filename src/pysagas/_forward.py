@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from anyio import create_task_group, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -49,7 +49,6 @@ __all__ = [
     "note_failure",
 ]
 
-T = TypeVar("T")
 Path = tuple[int, ...]
 
 
@@ -212,7 +211,7 @@ async def carry_out_commit(sequence: Sequence) -> None:
 # --- groups -------------------------------------------------------------------------------------
 
 
-class _InContext(Awaitable[T]):
+class _InContext(Awaitable[None]):
     """Awaits a coroutine in a context of its own, within the task that awaits this.
 
     A new task would do the same for some 20 µs: this is what makes ten thousand members cost no
@@ -221,11 +220,11 @@ class _InContext(Awaitable[T]):
 
     __slots__ = ("_context", "_coroutine")
 
-    def __init__(self, context: Context, coroutine: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, context: Context, coroutine: Coroutine[Any, Any, None]) -> None:
         self._context = context
         self._coroutine = coroutine
 
-    def __await__(self) -> Generator[Any, Any, T]:
+    def __await__(self) -> Generator[Any, Any, None]:
         run, coroutine = self._context.run, self._coroutine
         try:
             yielded = run(coroutine.send, None)
@@ -236,9 +235,8 @@ class _InContext(Awaitable[T]):
                     yielded = run(coroutine.throw, error)
                 else:
                     yielded = run(coroutine.send, sent)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+        except StopIteration:
+            return
 
 
 async def _carry_out_members(
@@ -255,7 +253,7 @@ async def _carry_out_members(
     count = len(definition.parts)
     plain = not owner.middleware
     results: list[Any] = [None] * count
-    failures: list[tuple[int, BaseException]] = []
+    failures: dict[int, BaseException] = {}
     cancelled: list[BaseException] = []
     cancelled_class = get_cancelled_exc_class()
     ended = 0
@@ -301,7 +299,7 @@ async def _carry_out_members(
             if failure is None:
                 cancelled.append(error)
             else:
-                failures.append((index, failure))
+                failures[index] = failure
             if definition.on_failure == "cancel" or not isinstance(error, Exception):
                 tasks.cancel_scope.cancel()
 
@@ -347,13 +345,12 @@ async def _carry_out_members(
 def _group_error(
     group: Group,
     owner: Sequence,
-    failures: list[tuple[int, BaseException]],
+    failures: dict[int, BaseException],
     outside: BaseException | None,
     cancelled: list[BaseException],
 ) -> BaseException:
     """Chooses what a failed group raises: an order to quit, cancellation from outside, failures."""
-    failures.sort(key=lambda failure: failure[0])
-    errors = [error for _, error in failures]
+    errors = [failures[index] for index in sorted(failures)]
     together: BaseException | None = None
     if errors:
         together = BaseExceptionGroup(
@@ -361,9 +358,9 @@ def _group_error(
             f"{len(group.members)} members failed",
             errors,
         )
-    quitting = weightiest(*errors, outside)
-    if quitting is not None and orders_to_quit(quitting):
-        if len(errors) > 1 or quitting is outside:
+    quitting = next(filter(orders_to_quit, errors), None)
+    if quitting is not None:
+        if len(errors) > 1:
             give_context(quitting, together)
         return quitting
     if outside is not None:

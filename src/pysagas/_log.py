@@ -352,7 +352,7 @@ class Sequence:
                 late = TimeoutError(f"cut off by rollback_timeout={level.rollback_timeout} s")
                 late.__cause__ = error
                 error = late
-            level.halted = level.halted or level.stop_on_failure
+            level.halted = level.stop_on_failure
             level = level.parent
         self.run.failed_at(path, error, record)
         add_note(error, f"compensation of step {record.name!r} at {path} in saga {self.saga_name!r}")

@@ -250,8 +250,6 @@ async def _unwind_member(group: Group, index: int, owner: Sequence) -> None:
             await result
     except BaseException as error:
         owner.failed(member, place.path, error)
-        if isinstance(error, GeneratorExit):
-            raise
     else:
         member.state = COMPENSATED
 
@@ -277,8 +275,6 @@ async def _take_back_through(
     try:
         effect = sequence.effect("compensation", record.name, path)
         await through(sequence.middleware, effect, innermost, record)
-    except GeneratorExit:
-        raise
     except BaseException as error:
         if record.state is not COMPENSATED:
             record.state = COMPENSATION_FAILED

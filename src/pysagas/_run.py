@@ -156,6 +156,7 @@ def _what_happened(root: Sequence, error: BaseException) -> str:
     taken_back: list[Record] = []
     in_doubt: list[Record] = []
     for entry in reversed(root.entries):
+        # Nearly all are records: what a generator for each costs shows in a long rollback.
         for record in (entry,) if isinstance(entry, Record) else records(entry):
             state = record.state
             if state is COMPENSATED:

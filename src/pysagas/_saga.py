@@ -262,7 +262,7 @@ def _from_function(
 ) -> Saga[..., T]:
     new = cast("Saga[..., T]", object.__new__(Saga))
     new._define(
-        f"@saga {name or name_of(function)!r}",
+        "@saga",
         (),
         function,
         name=name,
@@ -364,32 +364,29 @@ def saga(function: Any = None, /, **options: Any) -> Any:
     Raises:
         SagaDefinitionError: It is not an async function, takes no scope, or an option cannot work.
     """
-    if function is None:
-        check = dict(options)
-        exception_types("@saga: exceptions", check.pop("exceptions", ()))
-        check_saga_options(
-            "@saga",
-            check.pop("name", None),
-            check.pop("rollback_timeout", None),
-            check.pop("on_compensation_failure", "continue"),
-            check.pop("middleware", ()),
-            check.pop("version", None),
-        )
-        if check:
-            raise TypeError(f"@saga got unexpected options: {', '.join(check)}")
-        return _SagaDecorator(options)
-    return _decorate(function, options)
+    check = dict(options)
+    exception_types("@saga: exceptions", check.pop("exceptions", ()))
+    check_saga_options(
+        "@saga",
+        check.pop("name", None),
+        check.pop("rollback_timeout", None),
+        check.pop("on_compensation_failure", "continue"),
+        check.pop("middleware", ()),
+        check.pop("version", None),
+    )
+    if check:
+        raise TypeError(f"@saga got unexpected options: {', '.join(check)}")
+    return _SagaDecorator(options) if function is None else _decorate(function, options)
 
 
 def _decorate(function: Any, options: dict[str, Any]) -> Saga[..., Any] | SagaMethod[Any, ..., Any]:
     place = f"@saga on {name_of(function)!r}"
-    if not _is_async_function(function):
+    if isinstance(function, Definition) or not is_async(function):
         raise SagaDefinitionError(
             f"{place}: it must be an async function of (scope, *args), not {function!r}; write "
             "`async def`"
         )
     if _is_method(function):
-        _from_function(function, **options)  # so that an option which cannot work is refused here
         return SagaMethod(function, options)
     if not takes_positional(function):
         raise SagaDefinitionError(
@@ -397,10 +394,6 @@ def _decorate(function: Any, options: dict[str, Any]) -> Saga[..., Any] | SagaMe
             f"none; write `async def {name_of(function)}(scope, ...)`"
         )
     return _from_function(function, **options)
-
-
-def _is_async_function(function: object) -> bool:
-    return not isinstance(function, Definition) and callable(function) and is_async(function)
 
 
 def _is_method(function: Any) -> bool:

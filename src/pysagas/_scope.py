@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import CoroutineType, FunctionType, MethodType, TracebackType
-from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, cast, overload
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, Unpack, overload
 
 from anyio.lowlevel import checkpoint_if_cancelled
 
@@ -57,6 +57,8 @@ _STEP_OPTIONS = {
     "shield",
     "blocking",
 }
+
+_GENERATOR_CLOSED = "the async generator around the saga was closed"
 
 _CALLED = {"step": "scope.step: {}", "parallel": "scope.parallel: {}"}
 
@@ -514,7 +516,8 @@ class SagaScope:
         self._in_use = None
         if sequence.run.failures_in(path):
             self._closed = "something in it could not be taken back, so it ends failed"
-        if chosen is not None and chosen is not error:
+        assert chosen is not None
+        if chosen is not error:
             raise_as_it_is(chosen)
         if isinstance(error, ScopeClosed):
             raise error
@@ -588,17 +591,18 @@ class _Nested(AbstractAsyncContextManager[SagaScope]):
         around._nested = None
         if isinstance(error, GeneratorExit) and _thrown_at_yield(error):
             try:
-                await around._take_back(self._index, _generator_closed(error))
+                await around._take_back(self._index, ScopeClosed(_GENERATOR_CLOSED))
             except ScopeClosed:
                 return  # all is taken back, and the generator's own GeneratorExit goes on
-        if around._closed is not None and error is None:
+        if around._closed is not None:
             wrong = around._too_late("nested")  # ended after the scope around it
-        if error is None and wrong is None:
+        cause = wrong if error is None else error
+        if cause is None:
             around._in_use = None
             return
-        await around._take_back(self._index, error or cast("BaseException", wrong))
-        if error is None and wrong is not None:
-            raise wrong
+        await around._take_back(self._index, cause)
+        if error is None:
+            raise cause
 
 
 def open_saga(
@@ -661,28 +665,19 @@ class _OpenSaga(AbstractAsyncContextManager[SagaScope]):
         scope = self._scope
         assert scope is not None
         wrong = scope._end("its block has ended")
-        cause = error or wrong
-        expected = self._expected if cause is error else ()
+        cause = wrong if error is None else error
         if isinstance(error, GeneratorExit) and _thrown_at_yield(error):
             # `aclose` of an async generator, where awaiting works: so this is an end like another.
-            cause = _generator_closed(error)
-            expected = ()
+            cause = ScopeClosed(_GENERATOR_CLOSED)
+        expected = self._expected if cause is error else ()
         try:
             scope.outcome = await conclude(self._root, None, cause, expected)
         except BaseException as raised:
             scope.outcome = self._root.run.ended
-            if raised is cause and cause is not wrong and isinstance(cause, ScopeClosed):
-                return False  # the generator's own GeneratorExit goes on
-            if raised is error:
-                return False
+            if raised is cause and error is not None:
+                return False  # what came into the block goes on; of a generator, its own GeneratorExit
             raise
         return error is not None
-
-
-def _generator_closed(error: GeneratorExit) -> ScopeClosed:
-    closed = ScopeClosed("the async generator around the saga was closed")
-    closed.__context__ = error
-    return closed
 
 
 def _thrown_at_yield(error: GeneratorExit) -> bool:
@@ -692,7 +687,9 @@ def _thrown_at_yield(error: GeneratorExit) -> bool:
     be awaited any more. In an async generator that is closed by ``aclose`` awaiting works, and event
     loops close the collected ones so. The frame in which it appeared tells the two apart.
     """
+    flags = 0
     traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
+    while traceback is not None:
+        flags = traceback.tb_frame.f_code.co_flags
         traceback = traceback.tb_next
-    return traceback is not None and bool(traceback.tb_frame.f_code.co_flags & CO_ASYNC_GENERATOR)
+    return bool(flags & CO_ASYNC_GENERATOR)

@@ -55,7 +55,7 @@ def is_coroutine_function(function: Function) -> bool:
     if iscoroutinefunction(function):  # sees through functools.partial and methods
         return True
     # Of the type: a proxy object would make a remote call of a look at its attributes.
-    return not isinstance(function, FunctionType | MethodType | type) and iscoroutinefunction(
+    return iscoroutinefunction(
         getattr(type(function), "__call__", None)  # noqa: B004 - the method itself is wanted
     )
 
