@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from functools import partial
+from types import MappingProxyType
 
 import anyio
 import pytest
@@ -26,6 +27,7 @@ from pysagas.testing import (
     Plan,
     Trial,
     explore,
+    fault_plans,
     faults,
 )
 
@@ -126,8 +128,12 @@ async def test_only_leaves_out_the_others():
     # Each run has a world of its own: these five, two to learn, one to look at the state.
     assert len(lab.worlds) == 8
 
-    report = await explore(Lab(two_steps), only=lambda fault: False)
-    assert texts(report) == ["no fault, taken back at its end"]
+    with pytest.raises(CannotExplore, match=r"only=.* leaves out every fault"):
+        await explore(Lab(two_steps), only=lambda fault: False)
+    with pytest.raises(
+        TypeError, match=r"only must be a function of a Fault, not 'a'; write only=lambda"
+    ):
+        await explore(lab, only="a")
 
 
 async def test_faults_that_are_given_are_tried_in_their_order():
@@ -182,6 +188,14 @@ async def test_what_is_no_fault_is_refused(given):
     """A text, or a place, is no fault."""
     with pytest.raises(TypeError, match=r"faults must hold what faults\(\) gives, not "):
         await explore(Lab(one_step), [given])
+
+
+async def test_a_single_fault_is_taken():
+    """And a single plan: nobody has to put it in a list."""
+    fault = Fault(Place("action", (0,), "a"), FaultKind.RUNS_TWICE)
+
+    assert texts(await explore(Lab(one_step), fault)) == ["a: runs twice"]
+    assert texts(await explore(Lab(one_step), Plan((fault,)))) == ["a: runs twice"]
 
 
 # --- pairs -------------------------------------------------------------------------------------
@@ -374,6 +388,14 @@ async def test_a_trial_itself_is_refused():
         await explore(Lab(one_step)())
 
 
+async def test_a_saga_itself_is_refused():
+    """Before it runs: it can be called, as a trial can."""
+    world = World()
+    with pytest.raises(TypeError, match=r"not <Saga 'order'>: .*; write def trial\(\)"):
+        await explore(one_step(world))
+    assert world.log == []
+
+
 async def test_what_makes_no_trial_is_refused():
     """A function that gives the saga instead, or nothing."""
     with pytest.raises(TypeError, match="trial must return a Trial, not <Saga 'order'>"):
@@ -513,6 +535,29 @@ async def test_a_state_that_differs_from_itself(make, shown):
         f"the trial's state differs from itself though nothing has run in between: {shown}"
     )
     assert message.endswith("values that are compared by ==, and leave out clocks and counters")
+
+
+async def test_a_state_that_is_an_object_without_eq():
+    """It is told from a copy of itself, so it would never look restored."""
+    message = await refused(Lab(one_step, state=World))
+
+    assert "whose class has no __eq__" in message
+    assert "let it return vars(...) of that" in message
+
+
+async def test_trials_that_share_their_world():
+    """No saga is to blame for what another trial has left."""
+    shared = World()
+
+    def trial():
+        return Trial(Saga([Step(shared.action("a"))], name="order"), state=shared.state)
+
+    assert await refused(trial) == (
+        "trials begin in different states: is something shared between them? 'a' is left; let each call "
+        "of the trial's function make its own world, and its state leave out random ids"
+    )
+    same = Lab(lambda world: Saga([Step(world.action("a"))]))()
+    assert "trials begin in different states" in await refused(lambda: same)
 
 
 async def test_a_state_with_a_clock():
@@ -708,6 +753,22 @@ def test_backend_options_are_those_of_anyio():
 
     assert faults(Lab(one_step), backend_options={"loop_factory": loop_factory})
     assert len(used) == 1
+
+
+@pytest.mark.anyio
+async def test_faults_are_not_listed_inside_of_a_loop():
+    """That is said with what to write instead; and so it is where Hypothesis draws plans."""
+    with pytest.raises(RuntimeError, match=r"faults: .*already; .* or write `await explore\(trial\)`"):
+        faults(Lab(one_step))
+    with pytest.raises(
+        RuntimeError, match=r"fault_plans: this runs the saga in an event loop of its own"
+    ):
+        given(fault_plans(Lab(one_step)))(lambda plan: None)()
+
+
+def test_options_of_the_backend_may_be_any_mapping():
+    """They are made a dict, as anyio wants them."""
+    assert faults(Lab(one_step), backend_options=MappingProxyType({"debug": True}))
 
 
 def test_ids_are_readable_in_pytest():

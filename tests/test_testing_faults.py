@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 
 import pytest
 from hypothesis.vendor.pretty import pretty
 
-from pysagas import Saga, SagaError, open_saga, saga
+from pysagas import Parallel, Saga, SagaError, Step, open_saga, saga
 from pysagas.testing import CannotExplore, Fault, FaultKind, InjectedFailure, Place, Plan, Trial
 from pysagas.testing._faults import possible_faults
 
@@ -43,11 +44,63 @@ def test_a_trial_calls_for_its_state(name):
         Trial(Saga(), **{"state": nothing, name: "done"})
 
 
-@pytest.mark.parametrize(("args", "shown"), [(5, "5"), ("order-1", "'order-1'"), (None, "None")])
-def test_a_trial_wants_its_arguments_in_a_tuple(args, shown):
-    """One argument that is not in a tuple is refused, with how to write it."""
-    with pytest.raises(TypeError, match=rf"args must be a tuple, not {shown}; write args=\({shown},\)"):
+@pytest.mark.parametrize(
+    ("args", "written"),
+    [(5, "(5,)"), ("order-1", "('order-1',)"), (None, "(None,)"), (["a", 1], "('a', 1)"), ([], "()")],
+)
+def test_a_trial_wants_its_arguments_in_a_tuple(args, written):
+    """What is not in a tuple is refused, with how to write it."""
+    message = f"args must be a tuple, not {args!r}; write args={written}"
+    with pytest.raises(TypeError, match=re.escape(message)):
         Trial(Saga(), args=args, state=nothing)
+
+
+def test_a_trial_wants_its_keywords_in_a_dict():
+    """Names without values are none."""
+    with pytest.raises(TypeError, match=r"kwargs must be a dict of names and values, not \('a',\)"):
+        Trial(Saga(), kwargs=("a",), state=nothing)
+
+
+STEP = Step(nothing)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (STEP, "Saga([<Step 'nothing'>])"),
+        (STEP.bind(), "Saga([<Step 'nothing'>.bind()])"),
+        ([STEP], "Saga([...])"),
+        ((STEP,), "Saga([...])"),
+        (Parallel(STEP), "Saga([<Parallel 'parallel'>])"),
+    ],
+)
+def test_parts_of_a_saga_are_no_saga(given, written):
+    """They are refused, with how to make one of them."""
+    with pytest.raises(TypeError, match=rf"saga must be a Saga, not .*; write {re.escape(written)}"):
+        Trial(given, state=nothing)
+
+
+NoArguments = type("NoArguments", (Exception,), {"__init__": lambda self: None})
+
+
+@pytest.mark.parametrize(
+    ("failure", "why"),
+    [
+        (KeyboardInterrupt, "is no Exception"),
+        (lambda: ValueError(), "cannot be called with one: too many positional arguments"),
+        (NoArguments, "cannot be called with one: too many positional arguments"),
+    ],
+)
+def test_a_failure_is_made_from_a_message(failure, why):
+    """What cannot make an Exception of one is refused, with how to write it."""
+    with pytest.raises(TypeError, match=f"failure must make an Exception from a message, and .* {why}"):
+        Trial(Saga(), state=nothing, failure=failure)
+
+
+@pytest.mark.parametrize("failure", [Declined, OSError, lambda message: OSError(5, message)])
+def test_a_failure_may_be_whatever_takes_a_message(failure):
+    """Where nobody can tell what it takes, it is believed."""
+    assert Trial(Saga(), state=nothing, failure=failure).failure is failure
 
 
 def test_a_trial_has_a_state_and_a_saga():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
+from anyio import create_task_group, fail_after
 from anyio.lowlevel import checkpoint
 from helpers import Boom
+from worlds import three_times
 
 from pysagas import CallNext, Effect, Parallel, Saga, SagaScope, Step, saga
 from pysagas.testing import EffectsLedger, Fault, FaultKind, Plan, Trial, explore, faults
@@ -178,6 +181,110 @@ async def test_a_process_may_be_killed_again_while_it_recovers():
 
     assert report.ok, report
     assert {2} <= {len(result.plan.faults) for result in report.results}
+
+
+def with_a_group() -> Trial:
+    """One step after the other, and two at once."""
+    ledger = EffectsLedger()
+    group = Parallel(ledger.step("b", checkpoints=(1, 0)), ledger.step("c", checkpoints=(0, 0)))
+    first = ledger.step("a", checkpoints=(0, 0))
+    return Trial(Saga([first, group], middleware=[ledger.watch]), state=ledger.snapshot)
+
+
+def as_a_function() -> Trial:
+    """It goes another way where a step fails, and uses cancel scopes and tasks of its own."""
+    ledger = EffectsLedger()
+
+    async def put() -> None:
+        with fail_after(5):
+            async with create_task_group() as tasks:
+                tasks.start_soon(checkpoint)
+                ledger.make("put", key="put")
+
+    async def remove() -> None:
+        with fail_after(5):
+            await checkpoint()
+            ledger.take_back("put", key="put")
+
+    @saga(middleware=[ledger.watch])
+    async def tested(scope: SagaScope) -> None:
+        try:
+            await scope.step(put, compensation=remove)
+        except Exception:
+            await scope.step(ledger.step("instead"))
+        await scope.commit()
+        await scope.step(ledger.step("last", retry=three_times))
+
+    return Trial(tested, state=ledger.snapshot)
+
+
+@pytest.mark.parametrize("trial", [with_a_group, as_a_function])
+async def test_a_right_saga_survives_every_fault_beside_a_kill(trial, capfd):
+    """D3: what fails or is cancelled before the process is killed, in it or in the next one; and all is quiet."""
+    report = await explore(trial, pairs=True, kills=True)
+
+    assert report.ok, report
+    both = [{fault.kind.kills for fault in result.plan.faults} for result in report.results]
+    assert {True, False} in both
+    gc.collect()
+    assert ("", "") == capfd.readouterr()
+
+
+async def test_what_only_a_kill_beside_a_failure_brings_about_is_found():
+    """D3: a compensation that bears being repeated only where there is something to take back."""
+
+    def trial() -> Trial:
+        world = {"stock": 5, "asked": 0}
+
+        def take() -> None:
+            world["stock"] = 4
+
+        def put_back() -> None:
+            world["stock"] = 5 + (world["asked"] if world["stock"] == 5 else 0)
+            world["asked"] = 1
+
+        return Trial(Saga([Step(take, put_back)]), state=lambda: world["stock"])
+
+    kinds = (FaultKind.FAILS_BEFORE, FaultKind.KILLED_AFTER)
+    report = await explore(trial, pairs=True, kills=True, only=lambda fault: fault.kind in kinds)
+
+    assert found(report) >= {
+        "take: fails before its effect, then taking back take: killed after its effect"
+    }
+    assert "was 5, is 6" in report
+
+
+async def test_what_was_killed_is_ended_when_all_has_been_looked_at():
+    """It comes to its `finally` in its own task, after the verdict."""
+    ended: list[str] = []
+    looked: list[list[str]] = []
+
+    def trial() -> Trial:
+        ledger = EffectsLedger()
+
+        async def wait() -> None:
+            try:
+                ledger.make("wait", key="wait")
+                await checkpoint()
+            finally:
+                ended.append("finally")
+
+        async def back() -> None:
+            ledger.take_back("wait", key="wait")
+
+        def look() -> object:
+            looked.append(ended.copy())
+            return ledger.snapshot()
+
+        return Trial(Saga([Step(wait, back)]), state=look)
+
+    def only_then(fault: Fault) -> bool:
+        return str(fault) == "wait: killed at checkpoint 1"
+
+    report = await explore(trial, kills=True, only=only_then)
+
+    assert report.ok, report
+    assert looked[-1] == ended[:-1]
 
 
 async def test_results_and_arguments_need_not_be_recordable():

@@ -238,7 +238,49 @@ def test_what_goes_wrong_without_any_fault_stands_for_the_same_harm():
         "    not taken back",
         "      something else",
     ]
-    assert "1 more plans have one of these in them, and another fault besides." in report
+    assert "1 more run leaves just what is left without any fault." in report
+    assert "another fault besides" not in report
+    assert "  charge  0            2 tried  1 NOT RESTORED, 1 cannot be told" in report
+
+
+def test_what_is_in_a_pair_as_well():
+    """What a single fault does without one is told apart from what a pair does."""
+    report = Report("order", (bad(), bad(AFTER), bad(TWICE), bad(AFTER, TWICE)))
+
+    assert "2 more runs leave just what is left without any fault." in report
+    assert "1 more plan has one of these in it, and another fault besides." in report
+
+
+def test_what_was_not_tried_is_no_harm():
+    """A fault that did not happen, and left nothing, has proved nothing."""
+    missed = bad(AFTER, problem="the planned fault did not happen: it", left=(), tried=False)
+    report = Report("order", (missed,))
+    assert not report.ok
+    assert report.splitlines()[0] == "order: NOT TRIED in 1 of 1 run"
+    assert "  charge  0            1 tried  1 NOT TRIED" in report
+
+    report = Report("order", (missed, bad(TWICE), good()))
+    assert report.splitlines()[0] == "order: NOT RESTORED after 1, NOT TRIED in 1 of 3 runs"
+
+
+def test_addresses_make_no_difference():
+    """What differs only in where an object lies stands together."""
+    report = Report(
+        "order",
+        tuple(
+            bad(fault, problem=f"ended with <Odd at 0x7f{number}a>, by cancel scope 7{number}f")
+            for number, fault in enumerate((AFTER, TWICE))
+        ),
+    )
+
+    assert (
+        "charge: fails after its effect\ncharge: runs twice\n    ended with <Odd at 0x7f0a>" in report
+    )
+
+
+def test_one_run_is_one_run():
+    """There is a singular."""
+    assert Report("order", (good(),)).startswith("order: everything restored after 1 run\n")
 
 
 def test_a_long_report_is_cut_short():

@@ -24,7 +24,7 @@ from pysagas.testing import (
     Trial,
     explore,
 )
-from pysagas.testing import _run as run_module
+from pysagas.testing import _process as process_module
 from pysagas.testing._run import TrialRun
 from pysagas.testing._watched import watched
 
@@ -121,7 +121,7 @@ async def test_what_was_seen_of_a_run():
 async def test_a_native_cancellation_comes_again_when_the_rollback_begins(monkeypatch):
     """The task of the run is cancelled twice: by somebody impatient."""
     cancelled = []
-    original = run_module.native_cancel
+    original = process_module.native_cancel
 
     def counting():
         cancel = original()
@@ -132,7 +132,7 @@ async def test_a_native_cancellation_comes_again_when_the_rollback_begins(monkey
 
         return cancel_and_count
 
-    monkeypatch.setattr(run_module, "native_cancel", counting)
+    monkeypatch.setattr(process_module, "native_cancel", counting)
     world = World()
     saga = Saga([world.step("a"), world.step("b")])
 
@@ -194,13 +194,14 @@ async def test_a_native_cancellation_of_a_member_is_that_of_the_run():
 
 @on_trio
 async def test_a_plan_of_asyncio_on_trio():
-    """Where there is no native cancellation, a cancelled scope stands for it."""
+    """Where there is no native cancellation, the list is refused, with how to make another."""
     fault = Fault(A, FaultKind.CANCELLED_NATIVELY, 2)
-    lab = Lab(one_step)
-    report = await explore(lab, [fault])
 
-    assert report.ok, report
-    assert lab.logs(report) == {str(fault): "a> a -a> -a -a<"}
+    for given in (fault, Plan((fault,))):
+        with pytest.raises(
+            CannotExplore, match=r'a: cancelled natively .*faults\(trial, backend="trio"\)'
+        ):
+            await explore(Lab(one_step), [given])
 
 
 async def test_a_cancellation_that_nobody_met_is_met_at_the_end():
@@ -316,6 +317,49 @@ async def test_what_the_state_raises_goes_through():
         await explore(Lab(one_step, state=broken))
 
 
+class LastLook:
+    """A state that does something else when all is over: that is the fifth look of an exploration."""
+
+    def __init__(self, then):
+        self.then = then
+        self.lab = Lab(one_step, state=self)
+        self.looks = 0
+
+    async def __call__(self):
+        self.looks += 1
+        if self.looks == 5:
+            await self.then()
+        return self.lab.worlds[-1].state()
+
+
+@pytest.mark.parametrize("error", [LookupError("no such table"), Odd("closed")], ids=repr)
+async def test_what_the_state_raises_when_all_is_over_goes_through(error):
+    """As it is, in no group."""
+
+    async def fail():
+        raise error
+
+    look = LastLook(fail)
+    with pytest.raises(type(error)) as info:
+        await explore(look.lab)
+    assert info.value is error
+    assert str(look.lab.worlds[-1]) == "a> a a< -a> -a -a<"
+
+
+async def test_the_last_look_can_be_cancelled():
+    """It is no part of the run."""
+
+    async def wait():
+        scope.cancel()
+        await checkpoint()
+
+    look = LastLook(wait)
+    with CancelScope() as scope:
+        await explore(look.lab)
+    assert scope.cancelled_caught
+    assert look.looks == 5
+
+
 # While the places are learned, and in the run of a fault.
 @pytest.mark.parametrize("number", [2, 6])
 @pytest.mark.parametrize("when", [{"a", "b"}, {"a", "b", "c"}], ids=["at a commit", "at the end"])
@@ -398,6 +442,7 @@ async def test_faults_are_made_in_the_thread():
     assert seen["a: fails before its effect"] == "-a"
 
 
+@on_asyncio
 async def test_a_native_cancellation_comes_again_when_a_rollback_begins_in_a_thread():
     """The task of the run is cancelled from the worker thread; what runs in there comes to its end."""
 

@@ -9,7 +9,7 @@ import pytest
 from worlds import Lab
 
 from pysagas import Saga
-from pysagas.testing import explore, virtual_time
+from pysagas.testing import explore, faults, virtual_time
 
 HOUR = 3600
 
@@ -64,3 +64,11 @@ def test_without_trio(monkeypatch):
     monkeypatch.setitem(sys.modules, "trio.testing", None)
     with pytest.raises(ImportError, match=r'which is not installed: pip install "pysagas\[trio\]"'):
         virtual_time()
+
+
+def test_asyncio_has_no_such_clock():
+    """It would pass over these options, and really wait."""
+    with pytest.raises(ValueError, match=r"virtual_time\(\) is a clock of Trio, and asyncio has none"):
+        anyio.run(anyio.sleep, 0, backend_options=virtual_time())
+    with pytest.raises(ValueError, match=r'give it with backend="trio"'):
+        faults(Lab(lambda world: Saga([world.step("a")])), backend_options=virtual_time())

@@ -58,7 +58,7 @@ async def problem_of(build, *faults, commits=0):
         Fault(Place("action", (0,), "other"), FaultKind.FAILS_AFTER),
         Fault(Place("compensation", (0, 0), "a"), FaultKind.RUNS_TWICE),
         Fault(A, FaultKind.CANCELLED, 3),
-        Fault(A, FaultKind.CANCELLED_NATIVELY, 99),
+        Fault(A, FaultKind.CANCELLED, 99),
         Fault(A, FaultKind.CANCELLED),
     ],
     ids=str,
@@ -77,6 +77,19 @@ async def test_a_fault_past_a_commit_that_is_not_passed_is_a_problem():
 
     assert await problem_of(build, fault) == f"the planned fault did not happen: {fault}"
     assert await problem_of(build, fault, commits=1) is None
+
+
+async def test_a_fault_that_did_not_happen_is_no_harm():
+    """Nothing was left, so the verdict is that it was not tried; something may be left all the same."""
+    fault = Fault(Place("action", (7,), "a"), FaultKind.FAILS_BEFORE)
+
+    report = await explore(Lab(one_step), fault)
+    assert not report.ok
+    assert report.startswith("saga: NOT TRIED in 1 of 1 run\n")
+
+    report = await explore(Lab(lambda world: Saga([Step(world.action("a"))])), fault)
+    assert report.startswith("saga: NOT RESTORED after 1 of 1 run\n")
+    assert "the planned fault did not happen: a: fails before its effect\n      'a' is left" in report
 
 
 async def test_the_second_fault_has_to_happen_too():
@@ -282,6 +295,100 @@ async def test_an_action_that_shields_its_wait_may_fail_after_a_cancellation():
     assert report.ok, report
     plan = "a: cancelled at checkpoint 1, then a: fails after its effect"
     assert lab.logs(report)[plan] == "a -a> -a -a<"
+
+
+# --- whose that is -----------------------------------------------------------------------------
+
+
+def nothing():
+    """Takes nothing back."""
+
+
+async def problem_without_a_fault(build, **options):
+    report = await explore(Lab(build, **options))
+    (result,) = [result for result in report.failures if not result.plan.faults]
+    return result.problem
+
+
+async def test_a_missing_compensation_is_located():
+    """A step that completed, and that nothing takes back, is named."""
+
+    def build(world):
+        return Saga([Step(world.action("a"), name="a"), world.step("b")])
+
+    assert await problem_without_a_fault(build) == (
+        "not taken back; a completed, and has no compensation"
+    )
+
+
+async def test_several_missing_compensations_are_located():
+    """Each of them; what is before a commit is not to be taken back."""
+
+    def build(world):
+        bare = [Step(world.action(name), name=name) for name in "abc"]
+        return Saga([bare[0], Commit(), *bare[1:]])
+
+    report = await explore(Lab(build))
+
+    (result,) = [result for result in report.failures if result.plan == Plan(commits=1)]
+    assert result.problem == "not taken back; b, c completed, and have no compensation"
+
+
+async def test_a_compensation_that_leaves_something_is_located():
+    """The last one after which the state is not what it was before the step."""
+
+    def build(world):
+        return Saga([world.step("a"), Step(world.action("b"), nothing, name="b"), world.step("c")])
+
+    assert await problem_without_a_fault(build) == (
+        "not taken back; what takes back b has left something"
+    )
+
+
+async def test_an_effect_outside_of_the_steps_is_located():
+    """It is said after which step it came."""
+
+    def build(world):
+        @saga
+        async def tested(scope):
+            await scope.step(world.step("a"))
+            world.make("b")
+            await scope.step(world.step("c"))
+
+        return tested
+
+    assert await problem_without_a_fault(build) == (
+        "not taken back; something that is no step has changed it after a"
+    )
+
+
+def in_a_group(world):
+    return Saga([Parallel(world.step("a"), Step(world.action("b"), nothing, name="b"))])
+
+
+def before_everything(world):
+    @saga
+    async def tested(scope):
+        world.make("b")
+        await scope.step(world.step("a"))
+
+    return tested
+
+
+def on_rollback(world):
+    @saga
+    async def tested(scope):
+        await scope.step(world.step("a"))
+        world.make("b")
+        scope.on_rollback(nothing)
+
+    return tested
+
+
+@pytest.mark.parametrize("build", [in_a_group, before_everything, on_rollback])
+async def test_where_nobody_can_tell_nobody_is_blamed(build):
+    """Members change the state together; and what is no step has no place."""
+    assert await problem_without_a_fault(build) == "not taken back"
 
 
 # --- what is left ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 from functools import partial
 
 import pytest
+from anyio import create_task_group
 from anyio.lowlevel import checkpoint
 from worlds import Lab, World, found, logs, native, three_times, without_native
 
@@ -21,7 +22,7 @@ from pysagas import (
     current_effect,
     saga,
 )
-from pysagas.testing import CannotExplore, FaultKind, explore
+from pysagas.testing import CannotExplore, FaultKind, InjectedFailure, explore
 from pysagas.testing._watched import watched
 
 pytestmark = pytest.mark.anyio
@@ -969,3 +970,97 @@ async def test_a_middleware_that_takes_back_its_own_work_is_right():
     assert seen["a: runs twice"] == f"lock {MADE} {MADE} -lock {TAKEN_BACK}"
     # A step that fails by itself is taken back before anything around it hears of that.
     assert seen["a: fails after its effect"] == f"lock {WHOLE} -lock"
+
+
+# --- calls that are not awaited ----------------------------------------------------------------
+
+
+def a_step(world, scope):
+    scope.step(world.action("forgotten"), compensation=world.back("forgotten"), name="forgotten")
+
+
+def a_definition(world, scope):
+    scope.step(world.step("forgotten").bind())
+
+
+def a_function(world, scope):
+    scope.step(world.action("forgotten"))
+
+
+def a_group(world, scope):
+    scope.parallel(world.step("b").bind())
+
+
+def a_commit(world, scope):
+    scope.commit()
+
+
+@pytest.mark.parametrize(
+    ("forget", "shown"),
+    [
+        (a_step, "scope.step of 'forgotten'"),
+        (a_definition, "scope.step of 'forgotten'"),
+        (a_function, "scope.step of 'forgotten'"),
+        (a_group, "scope.parallel"),
+        (a_commit, "scope.commit"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
+async def test_a_call_that_is_never_awaited_is_found(forget, shown, nested):
+    """Nothing of it is done, and nothing else would tell."""
+
+    def build(world):
+        @saga(name="tested")
+        async def tested(scope):
+            await scope.step(world.step("a"))
+            if nested:
+                async with scope.nested() as inner:
+                    forget(world, inner)
+            else:
+                forget(world, scope)
+
+        return tested
+
+    with pytest.raises(CannotExplore) as info:
+        await explore(Lab(build))
+    assert str(info.value) == (
+        f"saga 'tested' calls {shown}, and never awaits it, so nothing of it is done; write `await` "
+        "before it"
+    )
+
+
+async def test_a_call_that_is_never_awaited_where_a_fault_leads_is_found():
+    """It is the problem of the plan that came there."""
+
+    def build(world):
+        @saga(name="tested")
+        async def tested(scope):
+            try:
+                await scope.step(world.step("a"))
+            except InjectedFailure:
+                scope.step(world.step("b"))
+
+        return tested
+
+    report = await explore(Lab(build))
+
+    assert found(report) == {"a: fails before its effect", "a: fails after its effect"}
+    assert "saga 'tested' calls scope.step of 'b', and never awaits it" in report
+
+
+async def test_a_call_may_be_awaited_later():
+    """In a task, or from a variable."""
+
+    def build(world):
+        @saga
+        async def tested(scope):
+            call = scope.step(world.step("a"))
+            await call
+            async with create_task_group() as tasks:
+                tasks.start_soon(lambda: scope.step(world.step("b")))
+
+        return tested
+
+    report = await explore(Lab(build))
+
+    assert report.ok, report

@@ -121,7 +121,6 @@ async def refused_explorations() -> None:
     await explore(read_trial)  # type: ignore[arg-type]
     await explore(read)  # type: ignore[arg-type]
     await explore(trial, ["a: runs twice"])  # type: ignore[list-item]
-    await explore(trial, Plan())  # type: ignore[arg-type]
     await explore(trial, [], True)  # type: ignore[call-arg]
     await explore(trial, only="a")  # type: ignore[arg-type]
     explore(trial)  # type: ignore[unused-coroutine]

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
+from inspect import signature
 from typing import Any, Literal
 
-from pysagas import Saga, SagaError
+from pysagas import Bound, Parallel, Saga, SagaError, Step
 
 __all__ = [
     "CannotExplore",
@@ -58,9 +59,12 @@ class Trial:
         """Refuses what cannot be tried.
 
         Raises:
-            TypeError: The saga is none, or the state cannot be called.
+            TypeError: The saga is none, the state cannot be called, or a failure cannot be made.
         """
         saga: object = self.saga
+        if isinstance(saga, Step | Parallel | Bound | list | tuple):
+            shown = "[...]" if isinstance(saga, list | tuple) else f"[{saga!r}]"
+            raise TypeError(f"Trial: saga must be a Saga, not {saga!r}; write Saga({shown})")
         if not isinstance(saga, Saga):
             raise TypeError(
                 f"Trial: saga must be a Saga, not {saga!r}; a block of open_saga is explored as a "
@@ -69,9 +73,31 @@ class Trial:
         for name in ("state", "failure"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Trial: {name} must be callable, not {getattr(self, name)!r}")
-        args: object = self.args
-        if isinstance(args, str) or not isinstance(args, Iterable):
-            raise TypeError(f"Trial: args must be a tuple, not {args!r}; write args=({args!r},)")
+        problem = _failure_problem(self.failure)
+        if problem is not None:
+            raise TypeError(
+                f"Trial: failure must make an Exception from a message, and {self.failure!r} {problem}; "
+                "write failure=NoAnswer, or failure=lambda message: NoAnswer(503, message)"
+            )
+        given: Any = self.args
+        if not isinstance(given, tuple):
+            written = f"{(*given,)!r}" if isinstance(given, list) else f"({given!r},)"
+            raise TypeError(f"Trial: args must be a tuple, not {given!r}; write args={written}")
+        kwargs: object = self.kwargs
+        if not isinstance(kwargs, Mapping):
+            raise TypeError(f"Trial: kwargs must be a dict of names and values, not {kwargs!r}")
+
+
+def _failure_problem(failure: Any) -> str | None:
+    if isinstance(failure, type) and not issubclass(failure, Exception):
+        return "is no Exception"
+    try:
+        signature(failure).bind("message")
+    except TypeError as error:
+        return f"cannot be called with one: {error}"
+    except ValueError:
+        pass  # written in C, and says nothing of what it takes
+    return None
 
 
 MakeTrial = Callable[[], Trial | Awaitable[Trial] | AbstractAsyncContextManager[Trial]]
@@ -114,7 +140,7 @@ class FaultKind(Enum):
     CANCELLED_NATIVELY = "cancelled natively"
     """The run's task is cancelled while it waits at a checkpoint, and again when the rollback begins.
 
-    On asyncio, by ``task.cancel()``. Trio has nothing like it: there this is CANCELLED.
+    By ``task.cancel()``, on asyncio. Trio has nothing like it.
     """
     FAILS_AFTER = "fails after its effect"
     """It does all that it does, and then raises: the answer was lost."""

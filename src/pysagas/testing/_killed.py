@@ -1,36 +1,48 @@
-"""A process that is killed, and the next one: acted, with a journal that outlives the run.
-
-Nothing of the run may happen after it is killed. So the watched functions call nothing any more,
-what was waiting in one of them stays where it is, and the journal takes nothing more.
-"""
+"""The journal of a run whose process is killed: kept in memory, it outlives that."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-from pysagas import Outcome
+from pysagas import Outcome, Saga
 from pysagas.durable import Event, MemoryJournal
 
-from ._watched import Killed
+from ._faults import Trial
+from ._watched import current_watcher
 
-if TYPE_CHECKING:
-    from ._run import TrialRun
-
-__all__ = ["run_killed"]
+__all__ = ["processes"]
 
 RUN_ID = "explored"
+
+
+def processes(saga: Saga[..., Any], trial: Trial) -> Iterator[Callable[[], Awaitable[Outcome[Any]]]]:
+    """Gives what runs a saga in one process after the other: each goes on with the journal."""
+    args, kwargs = trial.args, dict(trial.kwargs)
+    journal = _KillableJournal(_ObjectCodec(args))
+    while True:
+        yield partial(journal._start, saga, args, kwargs, RUN_ID)
+        journal = journal.in_next_process()
 
 
 class _ObjectCodec:
     """Keeps the objects themselves: what is explored need not be JSON."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self._args = args
         self._objects: dict[bytes, Any] = {}
         self._numbers = count()
 
     def encode(self, value: object) -> bytes:
-        data = str(next(self._numbers)).encode()
+        if isinstance(value, list) and any(
+            one is self._args
+            for one in cast("list[Any]", value)  # type: ignore[redundant-cast]  # for pyright
+        ):
+            data = b"arguments"  # by which each process knows the run again
+        else:
+            data = str(next(self._numbers)).encode()
         self._objects[data] = value
         return data
 
@@ -40,53 +52,17 @@ class _ObjectCodec:
 
 
 class _KillableJournal(MemoryJournal):
-    """A journal that takes nothing from a run which has been killed."""
-
-    def __init__(self, run: TrialRun) -> None:
-        super().__init__(_ObjectCodec())
-        self._run = run
+    """A journal that takes nothing from a process which has been killed."""
 
     def _append(self, key: int, event: Event) -> None:
-        self._check()
+        current_watcher.get().check()
         super()._append(key, event)
 
     async def _flush(self) -> None:
-        self._check()
+        current_watcher.get().check()
         await super()._flush()
-        self._check()
+        current_watcher.get().check()
 
     async def _end(self, key: int, ending: Any) -> None:
-        self._check()
+        current_watcher.get().check()
         await super()._end(key, ending)
-
-    def _check(self) -> None:
-        if self._run.killed is not None:
-            raise self._run.killed
-
-
-async def run_killed(run: TrialRun) -> tuple[Outcome[Any] | None, BaseException | None]:
-    """Runs a trial whose process is killed, and recovers it as often as that takes.
-
-    Returns:
-        The outcome, and what it ended with.
-
-    Raises:
-        BaseException: What the run ended with, if it ended before its process could be killed.
-    """
-    journal = _KillableJournal(run)
-    ended: tuple[Outcome[Any] | None, BaseException | None] = (None, None)
-    try:
-        outcome = await journal._start(run.saga, run.trial.args, {**run.trial.kwargs}, RUN_ID)
-        ended = (outcome, outcome.error)
-    except* Killed:
-        pass
-    while run.killed is not None:
-        run.killed = None
-        journal = journal.in_next_process()
-        try:
-            report = await journal.recover([run.saga])
-            (found,) = (*report.recovered, *report.failed, *report.left)
-            ended = (found.outcome, found.error)
-        except* Killed:
-            pass
-    return ended

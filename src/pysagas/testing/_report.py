@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,6 +17,8 @@ __all__ = ["Report", "Result", "differences"]
 
 # How many kinds of harm are shown, and how many plans that do it.
 _SHOWN = 10
+# As ``repr`` shows one, and as asyncio names a cancelled scope.
+_ADDRESS = re.compile(r"(?<=0x)[0-9a-f]+|(?<=scope )[0-9a-f]+")
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
@@ -67,6 +70,8 @@ class Result:
             the run has reported just that.
         reached: Whether each fault was met. In a group the loop decides what comes second, so a
             second fault may be passed by.
+        tried: Whether the fault happened, or something was left all the same.
+        suspected: Whether the problem names the steps that may have left something.
     """
 
     plan: Plan
@@ -76,18 +81,23 @@ class Result:
     error: BaseException | None = field(default=None, repr=False)
     reported: bool = False
     reached: bool = True
+    tried: bool = True
+    suspected: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether everything was as it should be."""
         return self.problem is None
 
+    @property
+    def harm(self) -> tuple[str, ...]:
+        """What is wrong, and what is left, in lines."""
+        return (f"    {self.problem}", *(f"      {line}" for line in self.left))
+
     def __str__(self) -> str:
         if self.problem is None:
             return f"{self.plan}: {'reported' if self.reported else 'restored'}"
-        return "\n".join(
-            (str(self.plan), f"    {self.problem}", *(f"      {line}" for line in self.left))
-        )
+        return "\n".join((str(self.plan), *self.harm))
 
 
 class Report(str):
@@ -150,48 +160,74 @@ def _lines(saga: str, results: Sequence[Result], notes: Iterable[str]) -> Iterat
     if not results:
         yield f"{saga}: nothing was tried"
     elif failures:
-        yield f"{saga}: NOT RESTORED after {len(failures)} of {len(results)} runs"
+        untried = sum(not result.tried for result in failures)
+        verdicts = {"NOT RESTORED after": len(failures) - untried, "NOT TRIED in": untried}
+        said = ", ".join(f"{verdict} {number}" for verdict, number in verdicts.items() if number)
+        yield f"{saga}: {said} of {_counted(len(results), 'run')}"
     else:
-        yield f"{saga}: everything restored after {len(results)} runs"
+        yield f"{saga}: everything restored after {_counted(len(results), 'run')}"
     reported = sum(result.reported for result in results)
     if reported:
         yield f"(in {reported} of them a compensation was made to fail: that was reported)"
     passed_by = sum(not result.reached for result in results)
     if passed_by:
         yield f"({passed_by} did not come to their second fault)"
-    # Faults that do the same harm stand together.
-    harms: dict[tuple[object, ...], list[Plan]] = {}
+    # Faults that do the same harm stand together, wherever the objects in it have their addresses.
+    harms: dict[str, list[Result]] = {}
     for result in smallest:
-        harms.setdefault((result.problem, *result.left), []).append(result.plan)
-    for (problem, *left), plans in list(harms.items())[:_SHOWN]:
+        harms.setdefault(_ADDRESS.sub("", "\n".join(result.harm)), []).append(result)
+    for results_alike in list(harms.values())[:_SHOWN]:
         yield ""
-        yield from map(str, plans[:_SHOWN])
-        if len(plans) > _SHOWN:
-            yield f"... and {len(plans) - _SHOWN} more"
-        yield f"    {problem}"
-        for line in left:
-            yield f"      {line}"
+        for result in results_alike[:_SHOWN]:
+            yield str(result.plan)
+        if len(results_alike) > _SHOWN:
+            yield f"... and {len(results_alike) - _SHOWN} more"
+        yield from results_alike[0].harm
     if len(harms) > _SHOWN:
         yield ""
         yield f"... and {len(harms) - _SHOWN} other ways: see report.failures"
-    repeats = len(failures) - len(smallest)
-    if repeats:
+    known = set(map(id, smallest))
+    repeats = [result for result in failures if id(result) not in known]
+    # What is known of a single fault is known of none at all.
+    anyway = [result for result in repeats if len(result.plan.faults) == 1]
+    if anyway:
+        leave = "leaves" if len(anyway) == 1 else "leave"
         yield ""
-        yield f"{repeats} more plans have one of these in them, and another fault besides."
+        yield f"{_counted(len(anyway), 'more run')} {leave} just what is left without any fault."
+    if len(repeats) > len(anyway):
+        more = len(repeats) - len(anyway)
+        them = "has one of these in it" if more == 1 else "have one of these in them"
+        yield ""
+        yield f"{_counted(more, 'more plan')} {them}, and another fault besides."
     yield ""
-    yield from _table(results, smallest)
+    yield from _table(results, smallest, anyway)
     for note in notes:
         yield ""
         yield note
 
 
-def _table(results: Iterable[Result], smallest: Iterable[Result]) -> Iterator[str]:
-    tried = Counter(fault.place for result in results for fault in result.plan.faults)
-    failed = Counter(fault.place for result in smallest for fault in result.plan.faults)
+def _table(
+    results: Iterable[Result], smallest: Iterable[Result], anyway: Iterable[Result]
+) -> Iterator[str]:
+    tried = Counter(_places(results))
+    failed = {
+        "NOT RESTORED": Counter(_places(result for result in smallest if result.tried)),
+        "NOT TRIED": Counter(_places(result for result in smallest if not result.tried)),
+        "cannot be told": Counter(_places(anyway)),
+    }
     width = max((len(str(place)) for place in tried), default=0)
     for place, number in tried.items():
-        verdict = f"{failed[place]} NOT RESTORED" if failed[place] else "ok"
+        said = [f"{places[place]} {verdict}" for verdict, places in failed.items() if places[place]]
+        verdict = ", ".join(said) or "ok"
         yield f"  {place!s:<{width}}  {_where(place):<7} {number:>6} tried  {verdict}"
+
+
+def _places(results: Iterable[Result]) -> Iterator[Place]:
+    return (fault.place for result in results for fault in result.plan.faults)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _where(place: Place) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 
 import anyio
 
-from pysagas import CallNext, Effect, Outcome, Saga, outcome_of
+from pysagas import CallNext, Effect, Outcome, Saga
 
 from ._faults import (
     CannotExplore,
@@ -23,9 +23,11 @@ from ._faults import (
     Plan,
     Trial,
 )
-from ._watched import Killed, current_watcher
+from ._limit import Limit
+from ._process import Process
 
-__all__ = ["TrialRun", "native_cancel"]
+__all__ = ["TrialRun"]
+
 
 WHEN: dict[FaultKind, EventKind] = {
     FaultKind.FAILS_BEFORE: "enter",
@@ -47,7 +49,15 @@ class Ended(Exception):
 class TrialRun:
     """One run of a trial: what is to go wrong in it, and what was seen."""
 
-    def __init__(self, trial: Trial, saga: Saga[..., Any], plan: Plan) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        saga: Saga[..., Any],
+        plan: Plan,
+        *,
+        limit: Limit | None = None,
+        look: bool = False,
+    ) -> None:
         self.trial = trial
         self.saga = saga
         self.plan = plan
@@ -57,50 +67,51 @@ class TrialRun:
         self.groups = 0
         # What was made to happen: the exception raised, if it was one.
         self.happened: dict[Fault, Exception | None] = {}
-        self.killed: Killed | None = None
-        self.frozen: list[object] = []
+        # What happened in a process that was killed: of that the next one knows what was recorded.
+        self.died: set[Fault] = set()
         self.at_commit = False
-        self.again_at_rollback = False
-        self.natively = False
         self.ended: Exception | None = None
-        # What is no part of the saga, and has to reach whoever explores: raised by the state; or
-        # what a fake raises that is neither a failure nor a cancellation.
-        self._escaped: BaseException | None = None
-        self._thread = threading.get_ident()
-        self.outcome: Outcome[Any] | None = None
-        self.error: BaseException | None = None
+        # What was still waiting when its time was over.
+        self.overdue: str | None = None
+        # The one that is alive is the last.
+        self.processes: list[Process] = []
         # The states: what a rollback has to restore, what was there when the run came to its end,
         # and what was there in the end.
         self.before: object = None
         self.at_end: object = None
         self.after: object = None
+        # Where that is asked for: the state before and after each action; and, in their order, the
+        # same of what takes it back, with the step's name.
+        self.looks: dict[tuple[int, ...], tuple[object, object]] = {}
+        self.looks_back: dict[tuple[int, ...], tuple[str, object, object]] = {}
+        self._look_on_the_way = look
+        self._limit = limit or Limit()
+        # What is no part of the saga, and has to reach whoever explores: raised by the state; or
+        # what a fake raises that is neither a failure nor a cancellation.
+        self._escaped: BaseException | None = None
         # The commits that were passed.
         self._passed: set[tuple[int, ...]] = set()
         self._counts: dict[tuple[EventKind, Place], int] = {}
-        self._scope = anyio.CancelScope()
-        self._cancel_task: Callable[[], object] = self._scope.cancel
+
+    @property
+    def outcome(self) -> Outcome[Any] | None:
+        """The saga's own report."""
+        return self.processes[-1].outcome if self.processes else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the run ended with."""
+        return self.processes[-1].error if self.processes else None
+
+    @property
+    def committed(self) -> int:
+        """The first part of the saga that is behind its last commit."""
+        return max((path[0] + 1 for path in self._passed), default=0)
 
     # What the watched functions tell.
 
-    def enter(self, place: Place) -> None:
-        if place.kind == "compensation" and self.again_at_rollback:
-            self.again_at_rollback = False
-            if threading.get_ident() == self._thread:
-                self._cancel_task()
-            else:
-                anyio.from_thread.run_sync(self._cancel_task)
-        self._meet("enter", place)
-
-    def checkpoint(self, place: Place) -> None:
-        self._meet("checkpoint", place)
-
-    def done(self, place: Place) -> bool:
-        return self._meet("done", place)
-
-    def _meet(self, event: EventKind, place: Place) -> bool:
+    def meet(self, process: Process, event: EventKind, place: Place) -> bool:
         """Makes what is planned for this event; tells whether the function is to be called again."""
-        if self.killed is not None:
-            raise self.killed
         number = self._counts[event, place] = self._counts.get((event, place), 0) + 1
         self.events.append((event, place, number))
         again = False
@@ -110,11 +121,14 @@ class TrialRun:
             if fault.kind.kills:
                 if number == (fault.checkpoint or 1):
                     self._note(fault)
-                    self.killed = Killed(str(fault))
-                    raise self.killed
+                    self.died.update(self.happened)
+                    process.kill(str(fault))
+                    if event == "checkpoint":
+                        break  # it waits, and never comes back from that
+                    process.check()
             elif event == "checkpoint":
                 if fault.checkpoint == number:
-                    self._cancel(fault)
+                    self._cancel(process, fault)
             elif fault.kind is FaultKind.RUNS_TWICE:
                 if number == 1:
                     self._note(fault)
@@ -130,14 +144,13 @@ class TrialRun:
             self.last_fault = len(self.events)
         self.happened[fault] = error
 
-    def _cancel(self, fault: Fault) -> None:
+    def _cancel(self, process: Process, fault: Fault) -> None:
         self._note(fault)
         if fault.kind is FaultKind.CANCELLED:
-            self._scope.cancel()
-            return
-        self.natively = True
-        self.again_at_rollback = fault.place.kind == "action"
-        self._cancel_task()
+            process.cancel()
+        else:
+            process.again_at_rollback = fault.place.kind == "action"
+            process.cancel_natively()
 
     def _failure(self, fault: Fault) -> Exception:
         if fault.error is not None:
@@ -152,9 +165,16 @@ class TrialRun:
         return error
 
     async def around(self, effect: Effect, call_next: CallNext) -> object:
-        """The innermost middleware: ends the run where the plan says so."""
-        if self.killed is not None:
-            raise self.killed
+        """Ends the run where the plan says so."""
+        if self._look_on_the_way and effect.kind in ("action", "compensation"):
+            before = await self.snapshot()
+            result = await call_next()
+            after = await self.snapshot()
+            if effect.kind == "action":
+                self.looks[effect.path] = (before, after)
+            else:
+                self.looks_back[effect.path] = (effect.name, before, after)
+            return result
         if effect.kind == "group":
             self.groups += 1
         elif effect.kind == "commit" and effect.path not in self._passed:
@@ -200,53 +220,52 @@ class TrialRun:
             )
             raise self._escaped from error
 
-    async def go(self) -> None:
-        """Runs the saga, from one look at the state to another."""
+    async def go(self, check: Callable[[object], object] | None = None) -> None:
+        """Runs the saga, from one look at the state to another; the first one may be refused."""
         self.before = await self.snapshot()
+        if check is not None:
+            check(self.before)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._host)
+            tasks.start_soon(self._go)
         if self._escaped is not None:
             raise self._escaped
-        self.after = await self.snapshot()
 
-    async def _host(self) -> None:
-        """Runs the saga, in a task that may be cancelled."""
-        self._cancel_task = native_cancel() or self._scope.cancel
-        token = current_watcher.set(self)
-        try:
-            with self._scope:
-                await self._call()
-        except BaseException as error:
-            if isinstance(error, anyio.get_cancelled_exc_class()):
-                # A native cancellation of ours has done its work, and this task ends here.
-                if not self.natively:
-                    raise
-            elif not isinstance(error, Exception):
+    async def _go(self) -> None:
+        with self._limit.on(self._cut_off):
+            async with anyio.create_task_group() as tasks:
+                try:
+                    calls = self._calls()
+                    while not self.processes or (self.processes[-1].killed and not self.overdue):
+                        process = Process(self)
+                        self.processes.append(process)
+                        tasks.start_soon(process.run, next(calls))
+                        with anyio.CancelScope(shield=True):
+                            await process.over.wait()
+                    await self._look()
+                finally:
+                    for process in self.processes:
+                        process.bury()
+
+    def _calls(self) -> Iterator[Callable[[], Awaitable[Outcome[Any]]]]:
+        """Gives what runs the saga in the first process, and in each that follows a killed one."""
+        if not any(fault.kind.kills for fault in self.plan.faults):
+            return iter([partial(self.saga.run_with, self.trial.args, self.trial.kwargs)])
+        from ._killed import processes  # noqa: PLC0415 - needs a journal
+
+        return processes(self.saga, self.trial)
+
+    async def _look(self) -> None:
+        """Looks at the state when all is over, and before anything of what was killed goes on."""
+        self._escaped = self._escaped or self.processes[-1].stray
+        if self._escaped is None and self.overdue is None:
+            try:
+                self.after = await self.snapshot()
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:
                 self._escaped = error
-        finally:
-            current_watcher.reset(token)
 
-    async def _call(self) -> None:
-        try:
-            if any(fault.kind.kills for fault in self.plan.faults):
-                from ._killed import run_killed  # noqa: PLC0415 - needs a journal
-
-                self.outcome, self.error = await run_killed(self)
-                return
-            self.outcome = await self.saga.run_with(self.trial.args, self.trial.kwargs)
-            self.error = self.outcome.error
-        except BaseException as error:
-            self.error = error
-            self.outcome = outcome_of(error)
-            raise
-
-
-def native_cancel() -> Callable[[], object] | None:
-    """Gives what cancels the running task natively; None where there is no such thing."""
-    import asyncio  # noqa: PLC0415 - only a trial cancels natively
-
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        return None
-    return None if task is None else task.cancel
+    def _cut_off(self) -> None:
+        """Ends a run whose time is over."""
+        waiting = ", ".join(self.processes[-1].bury()) or "the run"
+        self.overdue = f"{waiting}: still waiting after {self._limit.seconds:g} s"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ._explore import Exploration, Only
+from ._explore import Exploration, Only, check_no_loop, options_of
 from ._faults import MakeTrial, Plan
+from ._limit import LIMIT
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -25,6 +26,7 @@ def fault_plans(
     only: Only | None = None,
     backend: str = "asyncio",
     backend_options: Mapping[str, Any] | None = None,
+    timeout: float = LIMIT,
 ) -> SearchStrategy[Plan]:
     """Draws plans of some faults that can happen in one run, for ``hypothesis.given``.
 
@@ -39,6 +41,7 @@ def fault_plans(
         only: As for `explore`.
         backend: As for `pysagas.testing.faults`.
         backend_options: As for ``anyio.run``.
+        timeout: As for `explore`.
 
     Raises:
         ImportError: Hypothesis is not installed.
@@ -53,20 +56,23 @@ def fault_plans(
         ) from error
     if most < 1:
         raise ValueError(f"fault_plans: most must be at least 1, not {most!r}")
-    run = partial(anyio.run, backend=backend, backend_options=dict(backend_options or {}))
-    exploration = Exploration(trial, kills=kills)
+    run = partial(anyio.run, backend=backend, backend_options=options_of(backend_options))
+    exploration = Exploration(trial, kills=kills, only=only, timeout=timeout)
     # By what is planned so far: what could be added.
     known: dict[Plan | None, list[Plan]] = {}
 
     async def first() -> list[Plan]:
-        await exploration.learn()
-        return exploration.plans(only)
+        with exploration.limit:
+            await exploration.learn()
+        return exploration.plans()
 
     async def next_after(plan: Plan) -> list[Plan]:
-        return exploration.following(await exploration.run(plan), only)
+        with exploration.limit:
+            return exploration.following(await exploration.run(plan))
 
     def choices(plan: Plan | None) -> list[Plan]:
         if plan not in known:
+            check_no_loop("fault_plans")
             known[plan] = run(first) if plan is None else run(next_after, plan)
         return known[plan]
 

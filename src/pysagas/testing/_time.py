@@ -27,4 +27,16 @@ def virtual_time(*, threshold: float = 0.0) -> dict[str, Any]:
         raise ImportError(
             'virtual_time is a clock of Trio, which is not installed: pip install "pysagas[trio]"'
         ) from error
-    return {"clock": MockClock(autojump_threshold=threshold)}
+    return _OfTrio(clock=MockClock(autojump_threshold=threshold))
+
+
+class _OfTrio(dict[str, Any]):
+    """Options that another backend must not pass over: it would wait for what Trio would not."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Refuses: Trio takes options whole, asyncio asks for its own."""
+        del default
+        raise ValueError(
+            f"virtual_time() is a clock of Trio, and asyncio has none (it asks for {key!r}); give it "
+            'with backend="trio"'
+        )

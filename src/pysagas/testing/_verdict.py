@@ -14,7 +14,7 @@ from ._faults import CannotExplore, Fault, FaultKind
 from ._report import Result, differences
 from ._run import TrialRun
 
-__all__ = ["UNKNOWN", "all_differences", "judge", "same"]
+__all__ = ["UNKNOWN", "all_differences", "judge", "same", "suspecting"]
 
 UNKNOWN = object()
 
@@ -28,11 +28,17 @@ def judge(run: TrialRun, once: object) -> Result:
             the same each time.
     """
     result = Result(run.plan, outcome=run.outcome, error=run.error)
+    if run.overdue is not None:
+        return replace(result, problem=run.overdue)
+    if isinstance(run.error, CannotExplore):
+        return replace(result, problem=str(run.error))
     missed = [fault for fault in run.plan.faults if fault not in run.happened]
     if missed:
         # What comes second in a group is the loop's choice; the first fault must happen.
         if len(missed) == len(run.plan.faults) or not run.groups:
-            return replace(result, problem=f"the planned fault did not happen: {missed[0]}")
+            left = tuple(all_differences(run.before, run.after))
+            passed_by = f"the planned fault did not happen: {missed[0]}"
+            return replace(result, problem=passed_by, left=left, tried=bool(left))
         result = replace(result, reached=False)
     outcome = run.outcome
     if outcome is None:
@@ -52,7 +58,8 @@ def judge(run: TrialRun, once: object) -> Result:
     if any(report.path in planned for report in failed):
         # Not everything can be restored then; but that has to be told.
         told = run.error.failures if isinstance(run.error, CompensationFailed) else ()
-        if outcome.state is not SagaState.FAILED or not any(e in told for e in planned.values()):
+        named = any(report.compensation_error in told for report in failed if report.path in planned)
+        if outcome.state is not SagaState.FAILED or not named:
             return replace(result, problem=f"a compensation failed, but the caller got {run.error!r}")
         return replace(result, reported=True, outcome=None, error=None)
     left = tuple(all_differences(run.before, run.after))
@@ -60,7 +67,7 @@ def judge(run: TrialRun, once: object) -> Result:
         problem = f"taking back {failed[0].name} failed: {failed[0].compensation_error!r}"
         return replace(result, problem=problem, left=left)
     if left:
-        return replace(result, problem=_what_is_left(outcome), left=left)
+        return _not_taken_back(result, run, outcome, left)
     if run.ended is not None and _only_repeated(run, reports):
         left = () if once is UNKNOWN else tuple(all_differences(once, run.at_end))
         if left:
@@ -101,13 +108,17 @@ def _evidence(
         return f"{fault}: the saga's report has no such step at {place.path}, but {report}"
     reported = report.error if place.kind == "action" else report.compensation_error
     again = run.entered(place) > 1  # a retry, or a middleware, has tried once more
-    if error is not None and reported is not error and not again:
+    # Another process reads it from the journal, which may have less of it; or is in doubt, without it.
+    as_made = reported is not None if fault in run.died else reported is error
+    if error is not None and not as_made and not again:
         return f"{fault}: the saga's report has {reported!r} instead"
     return None
 
 
 def _swallowed(run: TrialRun, fault: Fault) -> str | None:
     """Says that a cancellation did not reach the caller."""
+    if fault in run.died:
+        return None  # so did who was cancelled
     forward = fault.place.kind == "action"
     if fault.kind is FaultKind.CANCELLED:
         # A scope that is cancelled during a rollback does not interrupt it, and need not be met;
@@ -134,6 +145,43 @@ def _only_repeated(run: TrialRun, reports: dict[tuple[int, ...], StepReport]) ->
     )
 
 
-def _what_is_left(outcome: Outcome[Any]) -> str:
-    doubts = ", ".join(step.name for step in outcome.in_doubt)
-    return f"not taken back; in doubt, and not compensated: {doubts}" if doubts else "not taken back"
+def _not_taken_back(
+    result: Result, run: TrialRun, outcome: Outcome[Any], left: tuple[str, ...]
+) -> Result:
+    """Says what is left, and whose that may be."""
+    doubts = [step.name for step in outcome.in_doubt]
+    # All has been taken back that can be, so these have nothing to be taken back by.
+    bare = [
+        step.name
+        for step in outcome.steps
+        if step.state is StepState.COMPLETED and step.path[0] >= run.committed
+    ]
+    whose: list[str] = []
+    if doubts:
+        whose.append(f"in doubt, and not compensated: {', '.join(doubts)}")
+    if bare:
+        has = "has" if len(bare) == 1 else "have"
+        whose.append(f"{', '.join(bare)} completed, and {has} no compensation")
+    problem = "; ".join(["not taken back", *whose])
+    return replace(result, problem=problem, left=left, suspected=bool(whose))
+
+
+def suspecting(result: Result, run: TrialRun) -> Result:
+    """Adds who was the first to leave something, as well as that can be told.
+
+    Args:
+        result: Of a run without a fault.
+        run: The same again, with a look at the state before and after each call.
+    """
+    for path, (name, begun, ended) in run.looks_back.items():
+        if run.groups or path not in run.looks:
+            break  # members change the state together; and nobody knows what `on_rollback` is for
+        before, after = run.looks[path]
+        if not same(after, begun):
+            whose = f"something that is no step has changed it after {name}"
+        elif not same(before, ended):
+            whose = f"what takes back {name} has left something"
+        else:
+            continue
+        return replace(result, problem=f"{result.problem}; {whose}", suspected=True)
+    return result

@@ -9,11 +9,11 @@ engine runs the same tree with the same options.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
-from inspect import isawaitable, iscoroutinefunction, signature
+from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutinefunction, signature
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -30,26 +30,27 @@ from pysagas import (
     saga,
 )
 
-from ._faults import Place
+from ._faults import CannotExplore, Place
 
 __all__ = ["Watcher", "current_watcher", "watched"]
 
 Function = Callable[..., Any]
+# A call on a scope, in words.
+_Call = tuple[str, Coroutine[Any, Any, Any]]
 
 OPTIONS = {*signature(Step).parameters}
 
 
 class Watcher(Protocol):
-    """Who watches one run. Each method may raise: that is the fault."""
+    """Who watches one process. Each method may raise: that is the fault."""
 
     @property
     def killed(self) -> Killed | None:
-        """What stands for the end of the process, once that has come; no function runs any more."""
+        """What stands for the end of the process, once that has come."""
         ...
 
-    @property
-    def frozen(self) -> list[object]:
-        """What was running at that moment, and has to be kept as it is."""
+    def check(self) -> None:
+        """Raises that."""
         ...
 
     def enter(self, place: Place) -> None:
@@ -64,16 +65,24 @@ class Watcher(Protocol):
         """It has returned; tells whether it is to be called again."""
         ...
 
+    def under_way(self, what: Effect | Place) -> AbstractContextManager[object]:
+        """Lets what runs here be cut off."""
+        ...
+
+    async def freeze(self) -> None:
+        """Keeps what runs here as it is, until all has been looked at."""
+        ...
+
     async def around(self, effect: Effect, call_next: CallNext) -> object:
         """The innermost middleware of the saga."""
         ...
 
 
 class Killed(BaseException):
-    """Ends all that a run does, as if its process had been killed."""
+    """Ends what is left of a process that was killed, or cut off."""
 
 
-# Of the run that is under way: the rebuilt definitions are used for many runs. Worker threads and
+# Of the process that is under way: the rebuilt definitions are used for many. Worker threads and
 # child tasks see it too.
 current_watcher: ContextVar[Watcher] = ContextVar("pysagas_watcher")
 
@@ -110,14 +119,11 @@ class _Watching(Awaitable[Any]):
                 except BaseException as raised:
                     error = raised
                 if watcher.killed is not None:
-                    raise watcher.killed
+                    # Does not come to its `finally`; and what it waited for has to let go of it later.
+                    yield from watcher.freeze().__await__()
                 yielded = inner.send(sent) if error is None else inner.throw(error)
         except StopIteration as stop:
             return stop.value
-        except Killed:
-            # What is killed does not come to its `finally`: nor when it is collected.
-            watcher.frozen.append(inner)
-            raise
 
 
 class _Rebuilding:
@@ -173,7 +179,10 @@ class _Rebuilding:
             return Saga(map(self.part, original.parts), **options)
 
         async def run(scope: SagaScope, *args: Any, **kwargs: Any) -> Any:
-            return await function(_Scope(scope, self), *args, **kwargs)
+            seen = _Scope(scope, self, [])
+            result = await function(seen, *args, **kwargs)
+            seen.check_awaited(original.name)
+            return result
 
         rebuilt: Saga[..., Any] = saga(**options)(run)
         return rebuilt
@@ -214,7 +223,8 @@ class _Rebuilding:
         async def to_its_end(value: Any, place: Place, args: Any, kwargs: Any) -> Any:
             watcher = current_watcher.get()
             while True:
-                result = await _Watching(value, place)
+                with watcher.under_way(place):
+                    result = await _Watching(value, place)
                 if not watcher.done(place):
                     return result
                 value = function(*args, **kwargs)
@@ -256,9 +266,11 @@ def _name_of(function: Any) -> str:
 class _Scope(SagaScope):
     """A scope that hands each call on to the real one, rebuilt."""
 
-    __slots__ = ("_real", "_rebuilding")
+    __slots__ = ("_calls", "_real", "_rebuilding")
 
-    def __init__(self, real: SagaScope, rebuilding: _Rebuilding) -> None:
+    def __init__(self, real: SagaScope, rebuilding: _Rebuilding, calls: list[_Call]) -> None:
+        # Those on nested scopes as well.
+        self._calls = calls
         self._real = real
         self._rebuilding = rebuilding
         self.outcome = None
@@ -266,7 +278,33 @@ class _Scope(SagaScope):
     def __repr__(self) -> str:
         return repr(self._real)
 
-    async def step(self, action: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+    def check_awaited(self, saga: str) -> None:
+        """Refuses a function that has ended without having awaited all that it called.
+
+        Raises:
+            CannotExplore: It did not; nothing has run of such a call.
+        """
+        forgotten = [
+            (what, call) for what, call in self._calls if getcoroutinestate(call) == CORO_CREATED
+        ]
+        for _, call in forgotten:
+            call.close()
+        for what, _ in forgotten:
+            raise CannotExplore(
+                f"saga {saga!r} calls {what}, and never awaits it, so nothing of it is done; write "
+                "`await` before it"
+            )
+
+    def _called(self, what: str, call: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:
+        self._calls.append((what, call))
+        return call
+
+    def step(self, action: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        part = getattr(action, "definition", action)
+        name = options.get("name") or getattr(part, "name", None) or _name_of(part)
+        return self._called(f"scope.step of {name!r}", self._step(action, *args, **options))
+
+    async def _step(self, action: Any, /, *args: Any, **options: Any) -> Any:
         real = cast("Any", self._real)
         # An option that there is not is the engine's to refuse, like a definition with options.
         if not callable(action) or isinstance(action, Saga) or not options.keys() <= OPTIONS:
@@ -278,15 +316,18 @@ class _Scope(SagaScope):
         step.check_call(args, {}, "scope.step: {}")
         return await real.step(self._rebuilding.step(step), *args)
 
-    async def parallel(self, *members: Any, **options: Any) -> Any:
+    def parallel(self, *members: Any, **options: Any) -> Any:
+        return self._called("scope.parallel", self._parallel(*members, **options))
+
+    async def _parallel(self, *members: Any, **options: Any) -> Any:
         real = cast("Any", self._real)
         return await real.parallel(*map(self._rebuilding.part, members), **options)
 
     def nested(self) -> AbstractAsyncContextManager[SagaScope]:
-        return _Nested(self._real.nested(), self._rebuilding)
+        return _Nested(self._real.nested(), self._rebuilding, self._calls)
 
-    async def commit(self) -> None:
-        await self._real.commit()
+    def commit(self) -> Any:
+        return self._called("scope.commit", self._real.commit())
 
     def on_rollback(self, function: Any, *args: Any) -> None:  # type: ignore[override]
         wrapped = self._rebuilding.function(function, "compensation", _name_of(function))
@@ -300,12 +341,18 @@ class _Scope(SagaScope):
 class _Nested(AbstractAsyncContextManager[SagaScope]):
     """The block of a nested scope."""
 
-    def __init__(self, real: AbstractAsyncContextManager[SagaScope], rebuilding: _Rebuilding) -> None:
+    def __init__(
+        self,
+        real: AbstractAsyncContextManager[SagaScope],
+        rebuilding: _Rebuilding,
+        calls: list[_Call],
+    ) -> None:
+        self._calls = calls
         self._real = real
         self._rebuilding = rebuilding
 
     async def __aenter__(self) -> SagaScope:
-        return _Scope(await self._real.__aenter__(), self._rebuilding)
+        return _Scope(await self._real.__aenter__(), self._rebuilding, self._calls)
 
     async def __aexit__(
         self,
