@@ -113,8 +113,8 @@ class WatchedJournal(SQLiteJournal):
         connection.set_trace_callback(trace)
         super()._prepare(connection)
 
-    async def _claim(self, *args: Any) -> Any:
-        claim = await super()._claim(*args)
+    async def _claim(self, *args: Any, **options: Any) -> Any:
+        claim = await super()._claim(*args, **options)
         self._at("run claimed")
         return claim
 

@@ -78,6 +78,10 @@ class MortalJournal(MemoryJournal):
         self._pass()
         await super()._reopen(key)
 
+    async def _release(self, key: int, last: Event | None = None) -> None:
+        if not self.dead:
+            await super()._release(key, last)
+
     def events(self) -> list[Event]:
         """What is on disk of the one run."""
         (run,) = self._runs.values()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from anyio import CancelScope, Event, create_task_group, fail_after
+from anyio import CancelScope, Event, create_task_group, fail_after, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 from conftest import ASYNCIO
 from mortal import Boom, Killed, Shop
@@ -44,6 +44,9 @@ from pysagas.durable import (
     SagaChanged,
     SQLiteJournal,
 )
+from pysagas.durable._codec import encode_error
+from pysagas.durable._journal import _is_for_all
+from pysagas.durable._storage import Ending
 
 pytestmark = pytest.mark.anyio
 
@@ -134,7 +137,49 @@ async def test_d1_a_second_call_gives_the_recorded_outcome(journal, shop):
     )
     assert first.steps == second.steps
     assert {"a": 1} == shop.begun
-    assert second is await second.rollback()
+
+
+async def test_d1_a_recorded_outcome_takes_the_run_back_as_the_first_does(disk, shop):
+    """In another process, too, a run that has completed is taken back by its outcome (D1)."""
+    whole = number_saga(shop)
+    async with disk.process() as journal:
+        await journal.run(whole, 21, run_id="r")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, 21, run_id="r")
+        taken_back = await outcome.rollback()
+        again = await journal.run(whole, 21, run_id="r")
+
+    assert ["a", "-a"] == shop.log
+    assert SagaState.COMPENSATED is taken_back.state is again.state
+    assert [StepState.COMPENSATED] == [step.state for step in taken_back.steps]
+    assert None is taken_back.error is again.error
+
+
+async def test_d1_a_recorded_outcome_that_has_passed_its_commit_stays(disk, shop):
+    """Past its commit a run is taken back by no outcome, the recorded one included (D1)."""
+    whole = Saga([shop.step("a"), Commit()], name="s")
+    async with disk.process() as journal:
+        await journal.run(whole, run_id="r")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, run_id="r")
+        with pytest.raises(AlreadyCommitted, match="run 'r' of saga 's' has passed its commit"):
+            await outcome.rollback()
+        assert [RunState.COMPLETED] == [info.state for info in await journal.runs()]
+
+    assert {"a"} == shop.there
+
+
+async def test_d1_a_saga_that_has_changed_takes_back_no_recorded_outcome(disk, shop):
+    """A completed run whose saga is another one now stays as it was, completed (D1, D4)."""
+    async with disk.process() as journal:
+        await journal.run(Saga([shop.step("a")], name="s"), run_id="r")
+    async with disk.process() as journal:
+        outcome = await journal.run(Saga([shop.step("b")], name="s"), run_id="r")
+        with pytest.raises(SagaChanged):
+            await outcome.rollback()
+        assert [RunState.COMPLETED] == [info.state for info in await journal.runs()]
+
+    assert {"a"} == shop.there
 
 
 async def test_d1_the_next_process_gives_the_recorded_outcome(disk, shop):
@@ -240,6 +285,76 @@ async def test_d1_other_arguments_are_another_run(journal, shop):
         await journal.run(Saga([shop.step("b")], name="other"), 1, run_id="r")
 
     assert {"a": 1} == shop.begun
+
+
+async def takes_anything(*args: Any, **options: Any) -> None:
+    """An action that names none of its parameters."""
+
+
+async def takes_a_set(numbers: set[int]) -> None:
+    """An action whose argument is written in whatever order."""
+
+
+@pytest.mark.parametrize(
+    ("action", "first", "second"),
+    [
+        (takes_anything, lambda run: run(a=1, b=2), lambda run: run(b=2, a=1)),
+        (takes_anything, lambda run: run({"a": 1, "b": 2}), lambda run: run({"b": 2, "a": 1})),
+        # In a set, these two stand in the order in which they came.
+        (takes_a_set, lambda run: run({*[0, 8]}), lambda run: run({*[8, 0]})),
+    ],
+    ids=["keywords", "dict", "set"],
+)
+async def test_d1_equal_arguments_are_one_call_in_whatever_order(action, first, second, disk):
+    """Keywords, dicts and sets are equal, however they come to be written (D1)."""
+    whole = Saga([Step(action, name="a")], name="s")
+    async with disk.process() as journal:
+        run = partial(journal.run, whole, run_id="r")
+        steps = [(await call(run)).steps for call in (first, second)]
+        (info,) = await journal.runs()
+        written = [event.kind for event in await journal.history("r")]
+
+    assert steps[0] == steps[1]
+    assert (RunState.COMPLETED, [EventKind.STARTED, EventKind.DONE]) == (info.state, written)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: run({2, 1, 0}),
+        lambda run: run({True, 2}),
+        lambda run: run(numbers={1, 2}),
+    ],
+)
+async def test_d1_other_values_are_other_arguments(call, journal):
+    """Another set, and another way to give the same one, are not the same call (D1)."""
+    whole = Saga([Step(takes_a_set, name="a")], name="s")
+    await journal.run(whole, {1, 2}, run_id="r")
+    with pytest.raises((OtherRun, NotRecordable)):
+        await call(partial(journal.run, whole, run_id="r"))
+
+
+async def test_d1_arguments_of_other_types_are_other_arguments(journal):
+    """What was recorded for parameters that have changed since is another call (D1)."""
+    await journal.run(Saga([Step(takes_a_set, name="a")], name="s"), {1, 2}, run_id="r")
+
+    async def changed(numbers: dict[str, int]) -> None:
+        raise AssertionError  # pragma: no cover - it does not run
+
+    with pytest.raises(OtherRun):
+        await journal.run(Saga([Step(changed, name="a")], name="s"), {"a": 1}, run_id="r")
+
+
+async def test_d1_a_run_that_is_pruned_while_it_is_compared_was_another(journal, shop):
+    """Whoever asks for a run while it is being forgotten is told how it stood then (D1)."""
+    await journal.run(number_saga(shop), 1, run_id="r")
+
+    async def none(run_id: str) -> None:
+        assert 1 == await journal.prune(before=time.time() + 1)
+
+    journal._stored = none
+    with pytest.raises(OtherRun):
+        await journal.run(number_saga(shop), 2, run_id="r")
 
 
 async def test_d1_a_call_after_the_process_died_takes_the_run_back(disk, shop):
@@ -490,7 +605,12 @@ async def test_d8_a_result_that_the_journal_does_not_take_stops_the_run(disk, sh
     async with disk.process() as journal:
         assert (await journal.recover([whole])).ok
 
-    assert [(EventKind.STARTED, "a"), (EventKind.DONE, "a"), (EventKind.STARTED, "b")] == kinds
+    assert [
+        (EventKind.STARTED, "a"),
+        (EventKind.DONE, "a"),
+        (EventKind.STARTED, "b"),
+        (EventKind.INTERRUPTED, "s"),
+    ] == kinds
     assert set() == shop.there
 
 
@@ -565,6 +685,75 @@ async def test_d6_another_journal_of_the_process_does_not_take_a_run_in_hand(sho
     await journal.run(whole, run_id="r")
 
     assert [("r",)] == refused
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_recover_leaves_out_what_was_pruned_in_the_meantime(again, disk, shop):
+    """A run that somebody else has ended and pruned is not run anew, nor another one of its name (D6)."""
+    whole = number_saga(shop)
+    await disk.killed(whole, "a", 1)
+    async with disk.process() as journal:
+        unfinished = await journal._unfinished()
+        assert (await journal.recover([whole])).ok
+        assert 1 == await journal.prune(before=time.time() + 1)
+        if again:
+            await journal.run(whole, 2, run_id="r")
+        before = await journal.runs()
+
+        async def stale() -> Any:
+            return unfinished
+
+        journal._unfinished = stale
+        report = await journal.recover([whole])
+
+        assert (RecoveryReport(), before) == (report, await journal.runs())
+    assert {"a": 1 + again} == shop.begun
+
+
+class Stopped(BaseException):
+    """What is no Exception, and no order to stop either."""
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("kind", [Stopped, asyncio.CancelledError])
+async def test_recover_goes_on_whatever_one_run_raises(kind, disk):
+    """An action that raises a cancellation by itself harms no other run, and is in the report."""
+    begun: list[int] = []
+
+    async def act(number: int) -> None:
+        begun.append(number)
+        if len(begun) <= 3:
+            disk.kill(journal)
+            raise Boom
+        if number == 0:
+            raise kind
+
+    whole = Saga([Step(act, name="a")], name="s")
+    for number in range(3):
+        async with disk.process() as journal:
+            with pytest.raises((Killed, BaseExceptionGroup)):
+                await journal.run(whole, number, run_id=str(number))
+    async with disk.process() as journal:
+        report = await journal.recover([whole], on_crash="resume")
+
+    assert [("0", kind), ("1", type(None)), ("2", type(None))] == [
+        (one.run_id, type(one.error)) for one in report.recovered
+    ]
+    assert [RunState.COMPENSATED, RunState.COMPLETED, RunState.COMPLETED] == [
+        one.state for one in report.recovered
+    ]
+    assert ([0, 1, 2] * 2, (), ()) == (begun, report.left, report.in_progress)
+
+
+async def test_an_order_to_stop_is_not_the_business_of_one_run():
+    """Ctrl-C, an exit and the cancellation of a recovery end it, though one run alone raised them."""
+    assert not _is_for_all(Boom())
+    assert not _is_for_all(get_cancelled_exc_class().__new__(get_cancelled_exc_class()))
+    assert _is_for_all(SystemExit())
+    assert _is_for_all(BaseExceptionGroup("", [Boom(), KeyboardInterrupt()]))
+    with CancelScope() as scope:
+        scope.cancel()
+        assert _is_for_all(Stopped())
 
 
 # --- retry --------------------------------------------------------------------------------------------
@@ -722,6 +911,52 @@ async def test_retry_by_somebody_else_at_the_same_time(disk, shop):
         assert RunState.COMPENSATED is info.state
 
 
+async def test_retry_of_a_run_that_is_pruned_in_the_meantime(journal, shop):
+    """A run that somebody else has taken back and pruned is not run anew by a retry (D6)."""
+    failing = ["b"]
+    whole = stuck_saga(shop, failing)
+    with pytest.raises(CompensationFailed):
+        await journal.run(whole, run_id="r")
+    stored = await journal._stored("r")
+    failing.clear()
+    with pytest.raises(Boom):
+        await journal.retry(whole, "r")
+    assert 1 == await journal.prune(before=time.time() + 1)
+    log = list(shop.log)
+
+    async def stale(run_id: str) -> Any:
+        return stored
+
+    journal._stored = stale
+    with pytest.raises(JournalError, match="run 'r' is not in the journal any more: .* was pruned"):
+        await journal.retry(whole, "r")
+
+    assert ([], log) == (await journal.runs(), shop.log)
+
+
+async def test_retry_of_what_a_function_has_arranged_for_its_rollback(journal, shop):
+    """What an ``on_rollback`` has done before a retry is in the outcome, though it never began (D1)."""
+    failing = ["a"]
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        scope.on_rollback(shop.take, "arranged")
+        await scope.step(shop.step("a", back_fails=lambda: bool(failing)))
+        await scope.step(shop.step("b", fails=Boom()))
+
+    with pytest.raises(CompensationFailed):
+        await journal.run(whole, run_id="r")
+    failing.clear()
+    steps = []
+    for call in (partial(journal.retry, whole, "r"), partial(journal.run, whole, run_id="r")):
+        with pytest.raises(Boom) as caught:
+            await call()
+        steps.append([(one.name, one.path, one.state) for one in outcome_of(caught.value).steps])
+
+    assert steps[0] == steps[1]
+    assert ("take", (0,), StepState.COMPENSATED) == steps[1][0]
+
+
 # --- what is listed -----------------------------------------------------------------------------------
 
 
@@ -872,6 +1107,23 @@ async def test_killed_in_the_middle_of_a_later_rollback(disk, shop):
     assert [RunState.COMPENSATED] == [one.state for one in report.recovered]
 
 
+async def test_a_run_that_was_pruned_is_not_taken_up_again(disk, shop):
+    """No later run takes the place of one that was pruned, to which an outcome still points (D6)."""
+    whole = number_saga(shop)
+    async with disk.process() as journal:
+        old = await journal.run(whole, 1, run_id="old")
+        await journal.prune(before=time.time() + 1)
+        await journal.run(whole, 2, run_id="new")
+        before = await journal.history("new")
+        with pytest.raises(SagaError):
+            await old.rollback()
+        with pytest.raises(JournalError, match="not in the journal any more: .* was pruned"):
+            await journal._reopen(0 if disk.kind == "memory" else 1)
+
+        assert [RunState.COMPLETED] == [info.state for info in await journal.runs()]
+        assert before == await journal.history("new")
+
+
 # --- cancellation ---------------------------------------------------------------------------------------
 
 
@@ -884,7 +1136,48 @@ async def test_a_cancelled_run_is_taken_back_and_recorded(journal, shop):
 
     assert scope.cancelled_caught
     assert (set(), RunState.COMPENSATED) == (shop.there, (await journal.runs())[0].state)
-    with pytest.raises(RunInterrupted):
+    with pytest.raises(RunInterrupted, match="run 'r' was cancelled, and the run has been taken back"):
+        await journal.run(whole, run_id="r")
+
+
+async def test_a_run_that_was_cancelled_past_its_commit_was_not_taken_back(journal, shop):
+    """Who calls it again is told that it has failed, and what becomes of it (D1)."""
+    whole = Saga([shop.step("a"), Commit(), shop.step("b", (5, 0))], name="s")
+    with CancelScope() as scope:
+        shop.moments["b"] = scope.cancel
+        await journal.run(whole, run_id="r")
+    with pytest.raises(
+        RunInterrupted, match="run 'r' was cancelled, and it had passed its commit, .* retry goes on"
+    ) as caught:
+        await journal.run(whole, run_id="r")
+
+    assert (RunState.FAILED, {"a"}) == ((await journal.runs())[0].state, shop.there)
+    assert SagaState.FAILED is caught.value.outcome.state
+    assert SagaState.COMPLETED is (await journal.retry(whole, "r")).state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("elsewhere:Cancelled", "run 'r' was cancelled, and"),
+        ("elsewhere:Stop", "run 'r' was ended by Stop, and"),
+        (f"{__name__}:Stopped", "run 'r' was ended by Stopped, and"),
+        ("pysagas.durable._errors:Interrupted", "the process of run 'r' died, and"),
+    ],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_run_that_was_cut_off_says_by_what(kind, message, grouped, journal, shop):
+    """Also by what this process does not know, as Trio's cancellation where there is no Trio (D1)."""
+    whole = Saga([shop.step("a"), shop.step("b")], name="s")
+    await journal.run(whole, run_id="r")
+    error = {**encode_error(Stopped()), "type": kind}
+    if grouped:
+        error = {**encode_error(BaseExceptionGroup("", [Stopped()])), "errors": [error]}
+    await journal._reopen(0 if isinstance(journal, MemoryJournal) else 1)
+    await journal._end(
+        0 if isinstance(journal, MemoryJournal) else 1, Ending(RunState.COMPENSATED, b"", error)
+    )
+    with pytest.raises(RunInterrupted, match=f"^{message} the run has been taken back$"):
         await journal.run(whole, run_id="r")
 
 
@@ -981,6 +1274,53 @@ async def test_a_cancelled_recovery_leaves_runs_that_can_be_recovered(disk, shop
     assert RunState.COMPENSATED is states[0]
     assert RunState.RUNNING in states
     assert [RunState.COMPENSATED] * 3 == later
+
+
+async def cancelled_recovery(disk: Disk, shop: Shop, cancelled: Any) -> None:
+    """Two runs are resumed, one after the other; the first is cancelled while its action waits."""
+    waits = Event()
+    begun = []
+
+    async def act() -> None:
+        begun.append("b")
+        waits.set()
+        await Event().wait()
+
+    whole = Saga([shop.step("a"), Step(act, name="b")], name="s")
+    for number in range(2):
+        await disk.killed(whole, "a", run_id=str(number))
+    async with disk.process() as journal:
+        with fail_after(10):
+            await cancelled(partial(journal.recover, [whole], on_crash="resume", limit=1), waits)
+        states = [info.state for info in await journal.runs()]
+
+    assert ([RunState.COMPENSATED, RunState.RUNNING], ["b"]) == (states, begun)
+
+
+async def test_a_recovery_that_is_cancelled_is_no_failure_of_its_run(disk, shop):
+    """Cancelled while an action waits, a recovery ends, and begins no other run (D3)."""
+
+    async def cancelled(recover: Any, waits: Event) -> None:
+        async with create_task_group() as tasks:
+            tasks.start_soon(recover)
+            await waits.wait()
+            tasks.cancel_scope.cancel()
+
+    await cancelled_recovery(disk, shop, cancelled)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_a_recovery_that_is_cancelled_natively_is_no_failure_of_its_run(disk, shop):
+    """The same for ``task.cancel()`` (D3)."""
+
+    async def cancelled(recover: Any, waits: Event) -> None:
+        task = asyncio.ensure_future(recover())
+        await waits.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    await cancelled_recovery(disk, shop, cancelled)
 
 
 async def test_runs_at_the_same_time_do_not_meet(journal, shop):

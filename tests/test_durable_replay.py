@@ -36,7 +36,6 @@ from pysagas.durable import (
     Event,
     EventKind,
     Interrupted,
-    RecordedError,
     RecoveryReport,
     RunInterrupted,
     RunState,
@@ -991,13 +990,13 @@ async def test_d3_a_recorded_failure_comes_back_as_what_it_was():
     caught.clear()
     made = Declined.made
     await shop.journal.recover([whole])
-    again, stands_in = caught
+    again, other = caught
 
     assert made + 1 == Declined.made  # by the function, and not by the replay
     assert (Declined, "visa was declined", 3) == (type(again), str(again), again.amount)
     assert "try another" in again.__notes__
-    assert (RecordedError, f"{__name__}:Unwritable") == (type(stands_in), stands_in.kind)
-    assert "Unwritable" in str(stands_in)
+    assert Unwritable is type(other)
+    assert str(other).startswith("<object object at")
 
 
 @pytest.mark.anyio
@@ -1068,9 +1067,9 @@ async def test_d3_a_cancellation_is_never_recorded_as_a_result():
             kinds.setdefault(event.name, []).append(event.kind)
 
     assert {
-        "not begun": [EventKind.STARTED, EventKind.CUT_OFF],
-        "in doubt": [EventKind.STARTED],
-        "returned": [EventKind.STARTED, EventKind.DONE, EventKind.CUT_OFF],
+        "not begun": [EventKind.STARTED, EventKind.CUT_OFF, EventKind.LEFT],
+        "in doubt": [EventKind.STARTED, EventKind.LEFT],
+        "returned": [EventKind.STARTED, EventKind.DONE, EventKind.CUT_OFF, EventKind.LEFT],
         "s": [EventKind.ROLLBACK],
     } == kinds
 
@@ -1230,7 +1229,7 @@ async def test_d3_a_native_cancellation_of_a_member_that_waits_for_its_turn_is_n
     whole = Saga(parts, name="s")
     replaying = False
     if last:
-        shop.journal.dies_at = 10  # the last of them: before the end
+        shop.journal.dies_at = 12  # the last of them: before the end
         await first_life(shop, whole)
         assert EventKind.JOINED is shop.journal.events()[-1].kind
         shop.journal = shop.journal.next_process()

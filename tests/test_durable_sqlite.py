@@ -31,6 +31,7 @@ from pysagas.durable import (
     RunInterrupted,
     RunState,
     SQLiteJournal,
+    _sqlite,
 )
 
 pytestmark = pytest.mark.anyio
@@ -96,8 +97,10 @@ def let_die(path: Path, events: int, token: str = "dead") -> None:  # noqa: S107
 
 
 @asynccontextmanager
-async def under_way(journal: SQLiteJournal, shop: Shop) -> AsyncIterator[Saga[..., Any]]:
-    """A run "r" of steps a, pause and b, which is in its pause for the length of the block."""
+async def under_way(
+    journal: SQLiteJournal, shop: Shop, run_id: str = "r"
+) -> AsyncIterator[Saga[..., Any]]:
+    """A run of steps a, pause and b, which is in its pause for the length of the block."""
     began, go = anyio.Event(), anyio.Event()
 
     async def pause() -> None:
@@ -106,7 +109,7 @@ async def under_way(journal: SQLiteJournal, shop: Shop) -> AsyncIterator[Saga[..
 
     whole = Saga([shop.step("a"), Step(pause, None, name="pause"), shop.step("b")], name="s")
     async with create_task_group() as tasks:
-        tasks.start_soon(partial(journal.run, whole, run_id="r", exceptions=JournalError))
+        tasks.start_soon(partial(journal.run, whole, run_id=run_id, exceptions=JournalError))
         with fail_after(ENOUGH):
             await began.wait()
         try:
@@ -177,7 +180,10 @@ async def test_the_file_has_three_tables_and_says_that_it_is_a_journal(path):
 
     assert owners == [(1, socket.gethostname(), os.getpid())]
     columns = "SELECT group_concat(name, ' ') FROM pragma_table_info"
-    tables = read(path, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+    tables = read(
+        path,
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' ORDER BY name",
+    )
     assert {table: read(path, f"{columns}('{table}')") for table in tables} == {
         "events": ["run seq kind path name data at"],
         "owners": ["id token host pid started"],
@@ -377,6 +383,51 @@ async def test_d6_a_journal_may_be_opened_again(path):
     assert shop.log == ["a", "b", "c"]
 
 
+async def test_d6_a_run_that_outlives_its_journal_is_nobody_elses(path):
+    """Until a run has ended, the lock stays that says that it acts, though its journal is closed (D6)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(journal)
+        async with under_way(journal, shop) as whole, SQLiteJournal(path) as other:
+            await stack.aclose()
+            assert [info.alive for info in await other.runs()] == [True]
+            assert (await other.recover([whole])).in_progress == ("r",)
+            assert shop.log == ["a"]
+        assert shop.log == ["a", "-a"]
+        assert owner_files(path) == []
+
+    info = await recovered_by_another(path, whole)
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d6_the_last_run_that_outlives_its_journal_gives_up_the_lock(path):
+    """Of two runs that outlive their journal, the first that ends leaves the lock to the other (D6)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(journal)
+        async with under_way(journal, shop):
+            async with under_way(journal, shop, "r2"):
+                await stack.aclose()
+            assert owner_files(path) == [journal._lock_path(journal._token)]
+        assert owner_files(path) == []
+
+
+async def test_d6_a_journal_is_not_opened_again_while_its_runs_act(path):
+    """As another owner it would take its own runs for those of a dead process (D6)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(journal)
+        async with under_way(journal, shop) as whole:
+            await stack.aclose()
+            with pytest.raises(JournalError, match=r"cannot be opened again: .* still are: 'r'; wait"):
+                await journal.__aenter__()
+    async with journal:
+        assert [one.run_id for one in (await journal.recover([whole])).recovered] == ["r"]
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -461,6 +512,137 @@ async def test_d6_prune_forgets_owners_that_are_dead(path):
         await one.prune(before=LATER)
         assert set(read(path, "SELECT token FROM owners")) == living
         assert len(owner_files(path)) == 2
+
+
+async def test_d6_prune_removes_files_of_processes_that_died_while_they_opened(path):
+    """A file that is nobody's goes; one with a lock stays, and whatever else stands beside it (D6)."""
+    (path.parent / "sagas.db-copy").touch()
+    (path.parent / "sagas.db-owner-stray").touch()
+    (path.parent / "sagas.db-owner-folder").mkdir()
+    opening = path.parent / "sagas.db-owner-opening"
+    async with SQLiteJournal(path) as journal, SQLiteJournal(path) as other:
+        with closing(_sqlite._take_lock(opening)):
+            assert await journal.prune(before=0) == 0
+        names = {file.name.removeprefix("sagas.db-") for file in path.parent.iterdir()}
+        owners = {f"owner-{one._token}" for one in (journal, other)}
+
+    assert names == {"sagas.db", "wal", "shm", "copy", "owner-folder", "owner-opening", *owners}
+
+
+async def test_d6_prune_of_a_journal_whose_directory_may_not_be_listed(path, monkeypatch):
+    """What stands beside the journal is no reason to fail."""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    async with SQLiteJournal(path) as journal:
+        await journal.run(abc(Shop()), run_id="r")
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        assert await journal.prune(before=LATER) == 1
+        monkeypatch.undo()
+
+
+async def test_d6_a_dead_owner_whose_file_cannot_be_removed_is_dead(path, monkeypatch):
+    """That a file cannot be removed, as on Windows while it is open, says nothing of its owner (D6)."""
+    whole = abc(Shop())
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "it is being used by another process")
+
+    async with SQLiteJournal(path) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", refuse)
+            report = await journal.recover([whole])
+
+    assert [one.run_id for one in report.recovered] == ["r"]
+    assert owner_files(path) == [path.with_name("sagas.db-owner-dead")]
+
+
+def a_broken_file(file: Path) -> None:
+    file.write_text("no database\n" * 100)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, a_broken_file])
+async def test_d6_an_owner_of_whom_nobody_can_tell_counts_as_alive(make, path):
+    """Where the lock cannot be asked, that run is left alone, and no other has to do with it (D6)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+    (file,) = owner_files(path)
+    file.unlink()
+    make(file)
+    async with SQLiteJournal(path) as journal:
+        async with create_task_group() as tasks:
+            for number in range(3):  # in the same batch
+                tasks.start_soon(partial(journal.run, whole, run_id=str(number)))
+            report = await journal.recover([whole])
+        assert report.in_progress[0] == "r"
+        assert report.ok
+        alive = {info.run_id: info.alive for info in await journal.runs()}
+        assert alive == {"r": True, "0": False, "1": False, "2": False}
+        assert await journal.prune(before=LATER) == 3
+    assert file.exists()
+
+
+# --- opened while somebody cleans up --------------------------------------------------------------
+
+
+async def opened_between(path: Path, monkeypatch: Any, moment: str, come: Any) -> list[str]:
+    """Opens the journal while somebody comes when its lock's file was just made, or locked."""
+    seen: list[str] = []
+    before = getattr(_sqlite, moment)
+
+    def step(file: Path) -> Any:
+        result = before(file)
+        if "-owner-" in file.name:
+            seen.append(file.name)
+            if len(seen) == 1:
+                come(file)
+        return result
+
+    monkeypatch.setattr(_sqlite, moment, step)
+    async with SQLiteJournal(path) as journal:
+        mine = journal._lock_path(journal._token)
+        assert mine.name == seen[-1]
+        assert _sqlite._is_locked(mine)
+    return seen
+
+
+@pytest.mark.parametrize("moment", ["_make_file", "_locked"])
+async def test_d6_an_owner_whose_file_was_removed_takes_another(moment, path, monkeypatch):
+    """Cleaned up before it is locked, or before it is known to be, a file is no lock of anybody (D6)."""
+    seen = await opened_between(path, monkeypatch, moment, Path.unlink)
+
+    assert len(set(seen)) == 2
+    assert owner_files(path) == []
+
+
+async def test_d6_an_owner_whose_file_is_locked_by_others_takes_another(path, monkeypatch):
+    """Who cleans up holds the lock while he does; the file is his (D6)."""
+    locks = []
+    seen = await opened_between(
+        path, monkeypatch, "_make_file", lambda file: locks.append(_sqlite._locked(file))
+    )
+    locks.pop().close()
+
+    assert len(set(seen)) == 2
+    assert owner_files(path) == [path.with_name(seen[0])]
+
+
+async def test_d8_a_lock_that_cannot_be_opened_opens_no_journal(path, monkeypatch):
+    """Where the lock's file is there, and cannot be opened, the journal says so and is not opened (D8)."""
+
+    def to_folder(file: Path) -> None:
+        file.unlink()
+        file.mkdir()
+
+    with pytest.raises(JournalError, match=r"sagas\.db cannot be opened: unable to open database file"):
+        await opened_between(path, monkeypatch, "_make_file", to_folder)
 
 
 # --- tried again ----------------------------------------------------------------------------------
@@ -595,7 +777,8 @@ async def test_d8_a_full_disk_takes_the_run_back(path):
         (info,) = await journal.runs()
         assert (info.state, info.alive) == (RunState.RUNNING, False)
 
-    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "many")]
+    taken_back = ("interrupted", "s")
+    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "many"), taken_back]
     info = await recovered_by_another(path, whole)
     assert (info.state, shop.there) == (RunState.COMPENSATED, set())
 
@@ -729,7 +912,7 @@ async def test_d8_a_result_that_was_lost_stops_the_run(path):
                 await journal.run(whole, run_id="r")
             assert shop.log == ["a", "-a"]
 
-    assert kinds(path) == [("started", "a")]
+    assert kinds(path) == [("started", "a"), ("interrupted", "s")]
     info = await recovered_by_another(path, whole)
     assert (info.state, shop.there) == (RunState.COMPENSATED, set())
 
@@ -791,7 +974,6 @@ async def test_d8_a_journal_that_is_closed_in_the_middle_of_a_run_takes_it_back(
         await stack.enter_async_context(journal)
         async with under_way(journal, shop) as whole:
             await stack.aclose()
-            assert read(path, "SELECT state, owner FROM runs") == [("running", None)]
         assert shop.log == ["a", "-a"]
 
     assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "pause")]
@@ -954,6 +1136,25 @@ async def test_a_journal_that_is_not_open_cannot_be_used(path):
         await journal.__aexit__(None, None, None)
 
     assert shop.log == []
+
+
+def test_a_journal_of_another_event_loop_is_refused(path, anyio_backend):
+    """Used in another event loop than that in which it was opened, a journal says so; it can be closed."""
+    backend, options = anyio_backend
+    shop = Shop()
+    journal = SQLiteJournal(path)
+
+    async def use() -> None:
+        with fail_after(ENOUGH):
+            with pytest.raises(JournalError, match=r"sagas\.db was opened in another event loop"):
+                await journal.run(abc(shop), run_id="r")
+            with pytest.raises(JournalError, match="in the event loop that uses it$"):
+                await journal.runs()
+            await journal.__aexit__(None, None, None)
+
+    anyio.run(journal.__aenter__, backend=backend, backend_options=options)
+    anyio.run(use, backend=backend, backend_options=options)
+    assert (shop.log, owner_files(path)) == ([], [])
 
 
 async def test_a_journal_shows_its_file(path, monkeypatch):

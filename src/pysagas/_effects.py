@@ -40,6 +40,8 @@ class Effect(NamedTuple):
         name: The name of the step, group or saga. A rollback has the name of what it takes back.
         path: The place in the tree of the run, the same in every run and on every loop. Retries
             share it, and so do a step's action and its compensation.
+        carried_on: How often the run was carried on from its commit, after what came after that had
+            been taken back.
     """
 
     kind: EffectKind
@@ -47,13 +49,14 @@ class Effect(NamedTuple):
     run_id: str
     name: str
     path: tuple[int, ...]
+    carried_on: int = 0
 
     @property
     def key(self) -> str:
         """An idempotency key to hand to a service: run id, path and kind.
 
         The same each time this effect of this run is tried; different for everything else, so that
-        a refund is not sent under the key of its charge.
+        a refund is not sent under the key of its charge, nor a new charge under that of one refunded.
         """
         return self._key(self.kind)
 
@@ -63,7 +66,8 @@ class Effect(NamedTuple):
         return self._key("action") if self.kind == "compensation" else None
 
     def _key(self, kind: str) -> str:
-        return f"{self.run_id}/{'.'.join(map(str, self.path))}/{kind}"
+        run = f"{self.run_id}~{self.carried_on}" if self.carried_on else self.run_id
+        return f"{run}/{'.'.join(map(str, self.path))}/{kind}"
 
 
 class StepInHand(Protocol):
@@ -82,6 +86,11 @@ class StepInHand(Protocol):
     @property
     def kwargs(self) -> Mapping[str, Any]:
         """What the action is called with by keyword."""
+        ...
+
+    @property
+    def compensation(self) -> Callable[..., object] | None:
+        """What takes it back while it is in doubt; None where nothing does."""
         ...
 
     @property

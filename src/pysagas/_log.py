@@ -74,13 +74,14 @@ class Run:
     waiting for the garbage collector.
     """
 
-    __slots__ = ("_run_id", "ended", "failures", "reported", "saga")
+    __slots__ = ("_run_id", "carried_on", "ended", "failures", "reported", "saga")
 
     saga: str
 
-    def __init__(self, saga: str, run_id: str | None) -> None:
+    def __init__(self, saga: str, run_id: str | None, carried_on: int = 0) -> None:
         self.saga = saga
         self._run_id = run_id
+        self.carried_on = carried_on
         # What compensations raised, in the order in which they failed. Not empty means that the run
         # ends FAILED, whatever its function makes of it.
         self.failures: list[Failure] = []
@@ -359,7 +360,7 @@ class Sequence:
 
     def effect(self, kind: EffectKind, name: str, path: tuple[int, ...]) -> Effect:
         """Makes an effect of this saga."""
-        return Effect(kind, self.saga_name, self.run.run_id, name, path)
+        return Effect(kind, self.saga_name, self.run.run_id, name, path, self.run.carried_on)
 
     def current_effect(self) -> Effect | None:
         """The effect of the entry in hand, for code that runs inside it (see ``_effects.Place``)."""

@@ -182,6 +182,7 @@ class Saga(SagaDefinition[P, T_co]):
         kwargs: Mapping[str, Any] | None = None,
         *,
         run_id: str | None = None,
+        carried_on: int = 0,
         middleware: tuple[Middleware, ...] | list[Middleware] = (),
         exceptions: Exceptions | None = (),
     ) -> Outcome[T_co]:
@@ -191,6 +192,7 @@ class Saga(SagaDefinition[P, T_co]):
             args: Positional arguments of the run.
             kwargs: Keyword arguments of the run.
             run_id: The name of the run; None: a random one.
+            carried_on: How often it was carried on from its commit, for `Effect.key`.
             middleware: Around each effect, outside of the saga's own; the outermost first.
             exceptions: As for `run`.
 
@@ -206,7 +208,7 @@ class Saga(SagaDefinition[P, T_co]):
         expected = self.exceptions + exception_types(f"{place}: exceptions", exceptions)
         kwargs = {} if kwargs is None else dict(kwargs)
         self.check_call(args, kwargs, "{}.run_with")
-        return await self._run(args, kwargs, expected, run_id, tuple(middleware))
+        return await self._run(args, kwargs, expected, run_id, carried_on, tuple(middleware))
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co:
         """Runs the saga, and gives its value.
@@ -224,9 +226,12 @@ class Saga(SagaDefinition[P, T_co]):
         kwargs: dict[str, Any],
         expected: tuple[type[Exception], ...],
         run_id: str | None = None,
+        carried_on: int = 0,
         middleware: tuple[Middleware, ...] = (),
     ) -> Outcome[T_co]:
-        root = Sequence(Run(self.name, run_id), None, (), self, middleware + self.middleware)
+        root = Sequence(
+            Run(self.name, run_id, carried_on), None, (), self, middleware + self.middleware
+        )
         if root.middleware:
             return await run_through(root, args, kwargs, expected)
         return await run_plain(root, args, kwargs, expected)

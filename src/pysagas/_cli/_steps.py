@@ -18,20 +18,22 @@ ENDED = {
     EventKind.COMPENSATED: "compensated",
     EventKind.NOT_COMPENSATED: "compensation failed",
 }
+OF_GROUPS = {EventKind.JOINED, EventKind.LEFT}
 # What is no step: a line for each, since there may be several of one path.
 MARKS = {
     EventKind.COMMITTED: ("commit", "passed"),
     EventKind.ROLLBACK: ("rollback", "begun"),
+    EventKind.INTERRUPTED: ("interruption", "begun"),
     EventKind.RETRY: ("retry", "begun"),
 }
 
 
 @dataclass(slots=True)
 class StepLine:
-    """What the history says of one step; or of a commit, a rollback, another try.
+    """What the history says of one step; or of a commit, an interruption, a rollback, another try.
 
     Attributes:
-        kind: Which of the four: step, commit, rollback, retry.
+        kind: Which of the five: step, commit, interruption, rollback, retry.
         path: The place in the tree of the run.
         name: Of the step.
         state: How it stands.
@@ -63,6 +65,8 @@ def step_lines(events: Iterable[Event], *, running: bool) -> list[StepLine]:
     lines: dict[object, StepLine] = {}
     for event in events:
         kind, path, name, data, at = event
+        if kind in OF_GROUPS:
+            continue
         if kind in MARKS:
             mark, state = MARKS[kind]
             cause = data.decode(errors="replace") or None
@@ -80,13 +84,14 @@ def step_lines(events: Iterable[Event], *, running: bool) -> list[StepLine]:
                 line.result = line.error = None
             case EventKind.DONE:
                 line.result = data
-            case EventKind.FAILED:
-                failure = json.loads(data)
-                line.state = failure["state"]
+            case EventKind.FAILED | EventKind.ANSWERED:
+                end = json.loads(data)
+                line.state = end["state"]
                 line.in_doubt = line.state == "unknown"
-                if failure["result"] is not None:
-                    line.result = failure["result"].encode("latin-1")
-                line.error = error_text(failure["error"])
+                if end["result"] is not None:
+                    line.result = end["result"].encode("latin-1")
+                if kind is EventKind.FAILED:
+                    line.error = error_text(end["error"])
             case EventKind.NOT_COMPENSATED:
                 line.error = error_text(json.loads(data))
             case _:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import json
+import math
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -22,8 +24,11 @@ __all__ = [
     "encode_error",
     "encode_result",
     "return_type",
+    "same_arguments",
     "text_of",
 ]
+
+_Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class Codec(Protocol):
@@ -60,30 +65,57 @@ class JSONCodec:
             ImportError: msgspec is not installed.
         """
         try:
-            from msgspec.json import Decoder, Encoder  # noqa: PLC0415 - an extra
+            from msgspec import to_builtins  # noqa: PLC0415 - an extra
+            from msgspec.json import Decoder, Encoder  # noqa: PLC0415
         except ImportError as error:
             raise ImportError(
                 'a journal needs msgspec, which is not installed: pip install "pysagas[durable]"'
             ) from error
         self._encode = Encoder(decimal_format="string").encode
         self._decoder: Callable[[Any], Any] = lru_cache(maxsize=1000)(Decoder)
+        self._to_builtins = to_builtins
 
     def encode(self, value: object) -> bytes:
-        """Gives the bytes of a value."""
-        return self._encode(value)
+        """Gives the bytes of a value.
+
+        Raises:
+            ValueError: It holds a number that JSON does not have.
+        """
+        data = self._encode(value)
+        # msgspec writes null for them, which reads as if nothing had been there.
+        if b"null" in data and _holds_no_number(self._to_builtins(value)):
+            raise ValueError("it holds NaN or an infinity, and JSON has neither")
+        return data
 
     def decode(self, data: bytes, kind: Any) -> Any:
         """Gives the value back."""
         return self._decoder(kind).decode(data)
 
 
+def _holds_no_number(value: object) -> bool:
+    """Tells whether there is a NaN or an infinity in a value that is made of builtins."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        inner = cast("dict[object, object]", value).values()
+    elif isinstance(value, list | tuple):
+        inner = cast("Iterable[object]", value)
+    return any(map(_holds_no_number, inner))
+
+
 # --- types --------------------------------------------------------------------------------------
+
+
+def _without_partial(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = cast("Any", function.func)
+    return function
 
 
 def _hints(function: Any) -> Mapping[str, Any]:
     """Gives the resolved annotations of a function; of what cannot be resolved, none."""
-    while isinstance(function, partial):
-        function = cast("Any", function.func)
+    function = _without_partial(function)
     if not inspect.isroutine(function) and not inspect.isclass(function):
         function = type(function).__call__
     function = inspect.unwrap(getattr(function, "__func__", function))
@@ -95,8 +127,9 @@ def _hints(function: Any) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=10_000)
 def _return_type(function: Any) -> Any:
-    if inspect.isclass(function):
-        return function
+    made = _without_partial(function)
+    if inspect.isclass(made):
+        return made
     kind = _hints(function).get("return", Any)
     # A sync function that returns a coroutine says so.
     origin = typing.get_origin(kind) or kind
@@ -164,8 +197,7 @@ def encode_arguments(
             "msgspec structs, or give the journal a codec"
         ) from error
     back = decode_arguments(codec, data, function, place)
-    pairs = [*zip(args, back[0], strict=True), *((kwargs[name], back[1][name]) for name in kwargs)]
-    if any(type(one) is not type(other) or one != other for one, other in pairs):
+    if not _are_same((args, kwargs), back):
         raise NotRecordable(
             f"{place}: its arguments {args!r}, {dict(kwargs)!r} would come back as {back[0]!r}, "
             f"{back[1]!r}; annotate the parameters with the types that they have"
@@ -193,7 +225,10 @@ def decode_arguments(
     try:
         return (
             tuple(_typed(codec, value, kind) for value, kind in zip(positional, by_position)),  # noqa: B905
-            {name: _typed(codec, value, types.named.get(name, Any)) for name, value in named.items()},
+            {
+                name: _typed(codec, value, types.named.get(name, types.rest_named))
+                for name, value in named.items()
+            },
         )
     except Exception as error:
         raise NotRecordable(
@@ -202,26 +237,55 @@ def decode_arguments(
         ) from error
 
 
+def same_arguments(
+    codec: Codec, data: bytes, args: tuple[Any, ...], kwargs: Mapping[str, Any], function: Any
+) -> bool:
+    """Tells whether recorded arguments are those that are given, though their bytes are others."""
+    try:
+        return _are_same((args, kwargs), decode_arguments(codec, data, function, ""))
+    except NotRecordable:  # they were of other types
+        return False
+
+
+def _are_same(call: _Call, other: _Call) -> bool:
+    (args, kwargs), (other_args, other_kwargs) = call, other
+    if len(args) != len(other_args) or kwargs.keys() != other_kwargs.keys():
+        return False
+    pairs = chain(zip(args, other_args), ((kwargs[name], other_kwargs[name]) for name in kwargs))  # noqa: B905
+    return all(type(one) is type(another) and one == another for one, another in pairs)
+
+
 class _ParameterTypes(NamedTuple):
     """The types of a function's parameters; Any for those that have none."""
 
     positional: tuple[Any, ...]
     rest: Any
     named: Mapping[str, Any]
+    rest_named: Any
 
 
 @lru_cache(maxsize=10_000)
 def _parameter_types(function: Any) -> _ParameterTypes:
     hints = _hints(function)
     positional: list[Any] = []
+    named: dict[str, Any] = {}
     rest: Any = Any
+    rest_named: Any = Any
     for parameter in _parameters(function):
         kind = hints.get(parameter.name, Any)
+        unpacked = typing.get_origin(kind) is typing.Unpack
         if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = kind
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            positional.append(kind)
-    return _ParameterTypes(tuple(positional), rest, hints)
+            rest = Any if unpacked else kind
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                positional.append(kind)
+            if parameter.kind is not parameter.POSITIONAL_ONLY:
+                named[parameter.name] = kind
+        elif unpacked:  # **options: Unpack[Options], a TypedDict
+            named.update(typing.get_type_hints(typing.get_args(kind)[0]))
+        else:
+            rest_named = kind
+    return _ParameterTypes(tuple(positional), rest, named, rest_named)
 
 
 def _parameters(function: Any) -> Iterable[inspect.Parameter]:
@@ -243,31 +307,41 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     kind = type(error)
     recorded: dict[str, Any] = {
         "type": f"{kind.__module__}:{kind.__qualname__}",
+        "is_exception": isinstance(error, Exception),
         "text": text_of(error),
         "notes": list(getattr(error, "__notes__", ())),
+        # A field that is missing is better than one that is something else.
+        "fields": {
+            name: value
+            for name, value in vars(error).items()
+            if not name.startswith("__") and _comes_back(value)
+        },
     }
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         recorded["text"] = group.message
         recorded["errors"] = [encode_error(one) for one in group.exceptions]
-        return recorded
-    fields = {
-        name: value
-        for name, value in vars(error).items()
-        if not name.startswith("__") and _comes_back(value)
-    }
-    if all(_comes_back(value) for value in error.args):
-        recorded["args"] = list(error.args)
-        recorded["fields"] = fields
+    else:
+        # Of an OSError, `args` leave out the file.
+        args = _builtin(kind).__reduce__(error)[1]
+        recorded["args"] = [_encode_argument(one) for one in cast("tuple[Any, ...]", args)]
     return recorded
 
 
-def text_of(error: BaseException) -> str:
-    """Gives what an exception says, if it can say it."""
+def text_of(value: object, say: Callable[[Any], str] = str) -> str:
+    """Gives what an exception, or another value, says, if it can say it."""
     try:
-        return str(error)
+        return say(value)
     except Exception as failure:
         return f"<its text cannot be made: {failure!r}>"
+
+
+def _builtin(kind: type[BaseException]) -> type[BaseException]:
+    """Gives the builtin class that makes what is underneath an exception, in C."""
+    mro: tuple[Any, ...] = kind.__mro__
+    return cast(
+        "type[BaseException]", next(base for base in mro if getattr(builtins, base.__name__, 0) is base)
+    )
 
 
 def _comes_back(value: object) -> bool:
@@ -278,35 +352,76 @@ def _comes_back(value: object) -> bool:
     return type(back) is type(value) and bool(back == value)
 
 
+class _Said(str):
+    """Stands for an argument of an exception that is not plain, and says what that said."""
+
+    __slots__ = ("shown",)
+    shown: str
+
+    def __repr__(self) -> str:
+        return self.shown
+
+
+def _encode_argument(value: object) -> Any:
+    """Gives a plain value as it is; anything else as an object of JSON, which says what it is."""
+    if type(value) is bytes:
+        return {"bytes": value.decode("latin-1")}  # each byte is a character
+    if not _comes_back(value):
+        return {"text": text_of(value), "repr": text_of(value, repr)}
+    return value if type(value) is not dict else {"dict": cast("object", value)}
+
+
+def _decode_argument(recorded: Any) -> Any:
+    if not isinstance(recorded, dict):
+        return recorded
+    value = cast("dict[str, Any]", recorded)
+    if "dict" in value:
+        return value["dict"]
+    if "bytes" in value:
+        return value["bytes"].encode("latin-1")
+    said = _Said(value["text"])
+    said.shown = value["repr"]
+    return said
+
+
 def decode_error(recorded: Mapping[str, Any]) -> BaseException:
     """Makes a recorded exception again, without calling its ``__init__``.
 
     Only of a class that is loaded: a journal does not import what its file names. Where that is not
-    possible, a `RecordedError` stands for it.
+    possible, a `RecordedError` stands for it; for a group, a builtin one. Arguments that are not
+    plain are strings that say what was there, and fields that are not plain are missing.
     """
     error = _rebuilt(recorded)
     if error is None:
         error = RecordedError(f"{recorded['type']}: {recorded['text']}")
         error.kind = recorded["type"]
+    elif "errors" not in recorded and text_of(error) != recorded["text"]:
+        error.add_note(recorded["text"])  # its text is made of what is missing
     for note in recorded["notes"]:
         error.add_note(note)
     return error
 
 
 def _rebuilt(recorded: Mapping[str, Any]) -> BaseException | None:
-    if "errors" in recorded:
-        errors = [decode_error(one) for one in recorded["errors"]]
-        return BaseExceptionGroup(recorded["text"], errors)
     module, _, name = recorded["type"].partition(":")
     kind: Any = sys.modules.get(module)
     for part in name.split("."):
         kind = getattr(kind, part, None)
-    if "args" not in recorded or not inspect.isclass(kind) or not issubclass(kind, BaseException):
+    if "errors" in recorded:
+        errors = [decode_error(one) for one in recorded["errors"]]
+        group = _made(kind, [recorded["text"], errors], recorded["fields"])
+        return BaseExceptionGroup(recorded["text"], errors) if group is None else group
+    return _made(kind, [_decode_argument(one) for one in recorded["args"]], recorded["fields"])
+
+
+def _made(kind: Any, args: list[Any], fields: Mapping[str, Any]) -> BaseException | None:
+    if not inspect.isclass(kind) or not issubclass(kind, BaseException):
         return None
+    builtin: Any = _builtin(kind)
     try:
-        error = kind.__new__(kind, *recorded["args"])
-        error.args = tuple(recorded["args"])
-        vars(error).update(recorded["fields"])
+        error: BaseException = builtin.__new__(kind, *args)
+        builtin.__init__(error, *args)
+        vars(error).update(fields)
     except Exception:
         return None
     return error

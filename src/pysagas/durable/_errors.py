@@ -46,7 +46,10 @@ class NotRecordable(JournalError):
 
 
 class RunInterrupted(JournalError):
-    """The process of this run died, and the run has been taken back; raised by a later call of its id.
+    """This run was cut off: its process died, or it was cancelled. It has been taken back.
+
+    Raised by a later call of its id. One that had passed its commit has failed: only what came after
+    that has been taken back, and `retry` goes on from there.
 
     Attributes:
         outcome: The report of the run.

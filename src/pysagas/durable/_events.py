@@ -6,7 +6,18 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["BACK", "Event", "EventKind", "Path", "RunInfo", "RunState", "below", "relevant"]
+__all__ = [
+    "BACK",
+    "FROM_COMMIT",
+    "Event",
+    "EventKind",
+    "Path",
+    "Relevant",
+    "RunInfo",
+    "RunState",
+    "below",
+    "relevant",
+]
 
 Path = tuple[int, ...]
 
@@ -18,12 +29,19 @@ class EventKind(Enum):
     """An action is about to run."""
     DONE = "done"
     """It returned; the data is its result."""
+    ANSWERED = "answered"
+    """Its caller was given something else than it returned, by a retry or a middleware; the data is the
+    state in which that left the step, its result, and the answer."""
     FAILED = "failed"
     """It raised; the data is the state in which that left the step, and the exception."""
     CUT_OFF = "cut off"
     """It was cancelled where it had done nothing, or had returned; the data is the state of the step."""
     JOINED = "joined"
-    """All members of a group have ended well, and no cancellation cut that off."""
+    """All members of a group have ended well, and no cancellation cut that off; or all of a member."""
+    LEFT = "left"
+    """A member of a group has ended otherwise: it failed, or was cancelled."""
+    INTERRUPTED = "interrupted"
+    """A recovery has come to the end of what was recorded, and from there takes the run back."""
     COMMITTED = "committed"
     """The point of no return was passed."""
     ROLLBACK = "rollback"
@@ -35,10 +53,14 @@ class EventKind(Enum):
     NOT_COMPENSATED = "not compensated"
     """It raised; the data is the exception."""
     RETRY = "retry"
-    """A failed run is tried again, from what then still holds of its history."""
+    """A failed run is tried again, from what then still holds of its history: the data says from where."""
 
+
+FROM_COMMIT = b"from its commit"
+"""The data of a retry that carries a run on from its commit, when all that came after is taken back."""
 
 BACK = {EventKind.COMPENSATING, EventKind.COMPENSATED, EventKind.NOT_COMPENSATED}
+BACKWARD = {*BACK, EventKind.ROLLBACK, EventKind.LEFT, EventKind.INTERRUPTED}
 
 
 class RunState(Enum):
@@ -96,40 +118,58 @@ class RunInfo(NamedTuple):
     alive: bool
 
 
-def relevant(events: Iterable[Event]) -> tuple[list[Event], set[Path]]:
+class Relevant(NamedTuple):
+    """What of a history still holds.
+
+    Attributes:
+        history: The events that are to be replayed.
+        settled: The places that were taken back after one that could not be: that one is tried again
+            before them, so they are met out of their order.
+        carried_on: How often the run was carried on from its commit.
+    """
+
+    history: list[Event]
+    settled: set[Path]
+    carried_on: int
+
+
+def relevant(events: Iterable[Event]) -> Relevant:
     """Gives what of a history still holds: all of it, unless the run was tried again.
 
-    A run that failed past its commit is tried again from there, since what came after was taken
-    back. One that failed in its rollback goes on with that: what could not be taken back, counts
-    as not tried.
-
-    Returns:
-        The events that are to be replayed; and the places that were taken back after one that could
-        not be: that one is tried again before them, so they are met out of their order.
+    One that failed in its rollback goes on with that: what could not be taken back counts as not
+    tried. One that is carried on from its commit begins anew there, since what came after was taken
+    back.
     """
     history: list[Event] = []
     settled: set[Path] = set()
+    carried_on = 0
     for event in events:
         if event.kind is not EventKind.RETRY:
             history.append(event)
-            continue
-        commits = [i for i, known in enumerate(history) if known.kind is EventKind.COMMITTED]
-        if commits:
-            del history[commits[-1] + 1 :]
-            settled.clear()
+        elif event.data == FROM_COMMIT:
+            carried_on += 1
+            kinds = [known.kind for known in history]
+            del history[kinds.index(EventKind.COMMITTED) + 1 :]
+            settled &= {known.path for known in history}
         else:
             history = _to_retry(history, settled)
-    return history, settled
+    return Relevant(history, settled, carried_on)
 
 
 def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
     """Leaves out what could not be taken back, and all that was taken back after it."""
     done = {event.path for event in history if event.kind is EventKind.COMPENSATED}
+    if all(event.path in done for event in history if event.kind in BACK):
+        return history
+    # Past the last thing that went forward there is no order to keep: what was taken back there is
+    # settled, and the rest is tried anew.
+    last = max(index for index, event in enumerate(history) if event.kind not in BACKWARD)
+    settled |= {event.path for event in history[last + 1 :] if event.kind is EventKind.COMPENSATED}
     kept: list[Event] = []
     # The places of the rollbacks that have begun, and of those in which something failed.
     begun: list[Path] = []
     failed: list[Path] = []
-    for event in history:
+    for event in history[: last + 1]:
         path = event.path
         if event.kind is EventKind.ROLLBACK:
             begun.append(path)
@@ -137,6 +177,8 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
             if any(below(other, path) for other in failed):
                 failed.append(path)
                 continue
+        elif event.kind is EventKind.LEFT and any(below(other, path) for other in failed):
+            continue  # so did this
         elif event.kind in BACK:
             if path not in done:
                 failed.append(next(place for place in reversed(begun) if below(path, place)))
@@ -146,7 +188,8 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
                 continue
         kept.append(event)
     # A member of a group may have begun before that, and ended after it.
-    return [event for event in kept if event.kind not in BACK or event.path not in settled]
+    kept = [event for event in kept if event.kind not in BACK or event.path not in settled]
+    return [*kept, history[last]._replace(kind=EventKind.INTERRUPTED, path=())]
 
 
 def below(path: Path, place: Path) -> bool:

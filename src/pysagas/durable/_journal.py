@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeVar, cast
@@ -29,13 +30,21 @@ from ._codec import (
     decode_arguments,
     encode_arguments,
     encode_error,
+    same_arguments,
 )
-from ._errors import Interrupted, JournalError, RunInProgress, RunInterrupted, SagaChanged
-from ._events import Event, EventKind, RunInfo, RunState, relevant
+from ._errors import (
+    Interrupted,
+    JournalError,
+    NotRecordable,
+    OtherRun,
+    RunInProgress,
+    RunInterrupted,
+    SagaChanged,
+)
+from ._events import FROM_COMMIT, Event, EventKind, RunInfo, RunState
 from ._middleware import RunMiddleware
-from ._recalled import Recorded, exception_types, leaves, recalled, taken_back, value_type
-from ._replay import Replay
-from ._storage import Claim, Ending, Storage, Stored
+from ._recalled import Recorded, exception_types, leaves, recalled, taken_back
+from ._storage import Claim, Ending, RunGone, Storage, Stored
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
 
@@ -106,9 +115,6 @@ class _Recorder:
         await self._journal._flush()
         self._journal._check_whole(self._key)
 
-    async def reopen(self) -> None:
-        await self._journal._reopen(self._key)
-
 
 class Journal(Storage):
     """A durable record of the effects of runs, from which a killed run is recovered.
@@ -156,7 +162,7 @@ class Journal(Storage):
         Raises:
             BaseException: As for `Saga.run`.
             RunInProgress: It is under way, here or in another process that lives.
-            RunInterrupted: Its process had died, and it has been taken back.
+            RunInterrupted: Its process had died, or it had been cancelled, and it has been taken back.
             OtherRun: The id belongs to another saga, or to other arguments.
             SagaChanged: It cannot be gone on with. It is as it was.
             NotRecordable: The arguments cannot be recorded. Nothing has run.
@@ -178,10 +184,11 @@ class Journal(Storage):
         data = encode_arguments(self._codec, args, kwargs, _function_of(saga), place)
         saga.check_call(args, kwargs, "{}.run")
         with self._hold(run_id):
-            claim = await self._claim(run_id, saga.name, saga.version, data, time.time())
+            claim = await self._claim_call(saga, args, kwargs, run_id, data)
             if claim.ending is not None:
+                take_back = partial(self._take_back_recalled, claim, run_id, saga, (args, kwargs))
                 ended = await self._load(claim.key)
-                return recalled(claim.ending, ended, self._codec, saga, run_id, exceptions)
+                return recalled(claim.ending, ended, self._codec, saga, run_id, exceptions, take_back)
             events: list[Event] = []
             if not claim.is_new:
                 async with self._released_if_it_fails(claim.key):
@@ -190,6 +197,30 @@ class Journal(Storage):
                     self._arguments(stored, saga)
                     events = await self._load(claim.key)
             return await self._go(claim, run_id, saga, (args, kwargs), events, exceptions, on_crash)
+
+    async def _claim_call(
+        self,
+        saga: AnySaga,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run_id: str,
+        data: bytes,
+    ) -> Claim:
+        """Takes the run of a call into hand, whose arguments may have been written otherwise.
+
+        Equal ones need not be written alike: keywords and the keys of a dict stand in the order in
+        which they were given, the elements of a set in one that each process chooses anew.
+        """
+        claim = partial(self._claim, run_id, saga.name, saga.version)
+        try:
+            return await claim(data, time.time(), create=True)
+        except OtherRun:
+            stored = await self._stored(run_id)
+            if stored is None or stored.saga != saga.name:
+                raise
+            if not same_arguments(self._codec, stored.args, args, kwargs, _function_of(saga)):
+                raise
+        return await claim(stored.args, time.time(), create=True)
 
     async def recover(
         self,
@@ -222,13 +253,16 @@ class Journal(Storage):
 
         async def recover_some(indexes: Iterable[int]) -> None:
             for index in indexes:
-                results[index] = await self._recover_one(unfinished[index], known, on_crash)
+                # It ended in the meantime, and was pruned; its id may name another run by now.
+                with suppress(RunGone, OtherRun):
+                    results[index] = await self._recover_one(unfinished[index], known, on_crash)
 
         indexes = iter(range(len(unfinished)))
         async with anyio.create_task_group() as tasks:
             for _ in range(min(limit, len(unfinished))):
                 tasks.start_soon(recover_some, indexes)
-        ended = [one for index in range(len(unfinished)) if (one := results[index]) is not None]
+        found = [(unfinished[index].run_id, results[index]) for index in sorted(results)]
+        ended = [one for _, one in found if one is not None]
 
         def those(*states: RunState) -> tuple[Recovered, ...]:
             return tuple(one for one in ended if one.state in states)
@@ -237,16 +271,14 @@ class Journal(Storage):
             recovered=those(RunState.COMPLETED, RunState.COMPENSATED),
             failed=those(RunState.FAILED),
             left=those(RunState.RUNNING),
-            in_progress=tuple(
-                stored.run_id for index, stored in enumerate(unfinished) if results[index] is None
-            ),
+            in_progress=tuple(run_id for run_id, one in found if one is None),
         )
 
     async def retry(self, saga: Saga[..., T], run_id: str, *, exceptions: Any = ()) -> Outcome[T]:
         """Tries a FAILED run again, when the cause has been mended.
 
         What could not be taken back is tried again. A run that failed past its commit is carried on
-        from its commit: what came after that was taken back.
+        from its commit, once all that came after is taken back; its actions have other keys then.
 
         Args:
             saga: Its saga.
@@ -268,12 +300,16 @@ class Journal(Storage):
                 raise JournalError(f"run {run_id!r} {state}; only a failed run can be tried again")
             call = self._arguments(stored, saga)
             claim = await self._claim(run_id, saga.name, stored.version, stored.args, time.time())
-            async with self._released_if_it_fails(claim.key):
-                await self._reopen(claim.key)
-                retry = Event(EventKind.RETRY, (), saga.name, b"", time.time())
-                self._append(claim.key, retry)
-                events = await self._load(claim.key)
-            return await self._go(claim, run_id, saga, call, events, exceptions, "rollback")
+            try:
+                return await self._try_again(claim, run_id, saga, call, exceptions, b"")
+            except (CompensationFailed, SagaChanged):
+                raise
+            except Exception:
+                again = await self._stored(run_id)
+                if again is None or again.state is not RunState.FAILED:
+                    raise
+            # It has passed its commit, and all that came after that is taken back now.
+            return await self._try_again(claim, run_id, saga, call, exceptions, FROM_COMMIT)
 
     async def runs(self, *, state: RunState | None = None) -> list[RunInfo]:
         """Lists the runs, the oldest first; all, or those that stand so."""
@@ -304,7 +340,7 @@ class Journal(Storage):
     # --- how -----------------------------------------------------------------------------------
 
     def _hold(self, run_id: str) -> _Hold:
-        return _Hold(self._in_hand, run_id)
+        return _Hold(self, run_id)
 
     @asynccontextmanager
     async def _released_if_it_fails(self, key: int) -> AsyncGenerator[None]:
@@ -338,7 +374,12 @@ class Journal(Storage):
     async def _recover_one(
         self, stored: Stored, known: Mapping[tuple[str, str | None], AnySaga], on_crash: OnCrash
     ) -> Recovered | None:
-        """Goes on with one run; gives None for one that somebody has in hand."""
+        """Goes on with one run; gives None for one that somebody has in hand.
+
+        Raises:
+            RunGone: It has ended, and was pruned.
+            OtherRun: The same, and its id has been given to another one.
+        """
         result = partial(Recovered, stored.run_id, stored.saga)
         saga = known.get((stored.saga, stored.version))
         if saga is None:
@@ -353,18 +394,57 @@ class Journal(Storage):
                     return result(claim.ending.state)  # somebody else was quicker
                 async with self._released_if_it_fails(claim.key):
                     events = await self._load(claim.key)
-                outcome = await self._go(claim, stored.run_id, saga, call, events, (), on_crash)
-                return result(STATES[outcome.state], outcome, outcome.error)
+                return await self._carry_on(claim, stored, saga, call, events, on_crash)
         except RunInProgress:
             return None
+        except (RunGone, OtherRun):
+            raise
         except Exception as error:
+            return result(RunState.RUNNING, None, error)
+
+    async def _carry_on(
+        self,
+        claim: Claim,
+        stored: Stored,
+        saga: AnySaga,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        events: list[Event],
+        on_crash: OnCrash,
+    ) -> Recovered:
+        """Goes on with a run that is in hand; whatever it raises is in what this gives."""
+        result = partial(Recovered, stored.run_id, stored.saga)
+        try:
+            outcome = await self._go(claim, stored.run_id, saga, call, events, (), on_crash)
+        except BaseException as error:
+            if _is_for_all(error):
+                raise
             if isinstance(error, RunInterrupted):
                 ended: Outcome[Any] | None = error.outcome
             else:
-                ended = None if isinstance(error, JournalError) else outcome_of(error)
+                # A result that cannot be recorded is the saga's failure, and no failure of the journal.
+                unknown = isinstance(error, JournalError) and not isinstance(error, NotRecordable)
+                ended = None if unknown else outcome_of(error)
             if ended is None:
                 return result(RunState.RUNNING, None, error)
             return result(STATES[ended.state], ended, error)
+        return result(STATES[outcome.state], outcome, outcome.error)
+
+    async def _try_again(
+        self,
+        claim: Claim,
+        run_id: str,
+        saga: Saga[..., T],
+        call: tuple[tuple[Any, ...], Mapping[str, Any]],
+        exceptions: Any,
+        place: bytes,
+    ) -> Outcome[T]:
+        """Opens a failed run, and goes on with what holds of it when it is tried again from there."""
+        async with self._released_if_it_fails(claim.key):
+            await self._reopen(claim.key)
+            retry = Event(EventKind.RETRY, (), saga.name, place, time.time())
+            self._append(claim.key, retry)
+            events = await self._load(claim.key)
+        return await self._go(claim, run_id, saga, call, events, exceptions, "rollback")
 
     async def _go(
         self,
@@ -377,56 +457,97 @@ class Journal(Storage):
         on_crash: OnCrash,
     ) -> Outcome[T]:
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
-        history, settled = relevant(events)
-        replay = Replay(saga.name, history, recovering=not claim.is_new, resume=on_crash == "resume")
         middleware = RunMiddleware(
             _Recorder(self, claim.key),
             self._codec,
-            saga.name,
-            replay,
-            settled,
-            value_type=value_type(saga),
+            saga,
+            events,
+            recovering=not claim.is_new,
+            resume=on_crash == "resume",
         )
+        replay = middleware.replay
         try:
             outcome = await saga.run_with(
-                *call, run_id=run_id, middleware=[middleware], exceptions=exceptions
+                *call,
+                run_id=run_id,
+                carried_on=middleware.carried_on,
+                middleware=[middleware],
+                exceptions=exceptions,
             )
         except BaseException as error:
             if replay.abandoned is not None:
-                await self._release(claim.key)
+                await self._leave_as_it_was(claim, replay.abandoned)
                 cancelled = _cancellation_in(error)
                 raise cancelled or replay.abandoned from None
             await self._ended(claim, middleware, outcome_of(error), error)
             if replay.interrupted is not None and _is_interruption(error):
                 raise taken_back(run_id, outcome_of(error)) from None
             raise
+        if replay.abandoned is not None:  # and took itself for a failure that was expected
+            await self._leave_as_it_was(claim, replay.abandoned)
+            raise replay.abandoned
         await self._ended(claim, middleware, outcome, outcome.error)
         if outcome.state is not SagaState.COMPLETED:
             return outcome
-        later = partial(self._taken_back_later, claim.key, middleware, outcome)
+        later = partial(self._taken_back_later, claim.key, run_id, middleware, outcome)
         run = Recorded(saga.name, run_id, lambda: outcome.steps)
         return Outcome(run, outcome.state, outcome.value, None, later)
 
+    async def _leave_as_it_was(self, claim: Claim, reason: BaseException) -> None:
+        """Lets go of a run that is given up: for a recovery, or as the failed one that it was."""
+        if claim.ending is not None and isinstance(reason, SagaChanged):
+            with anyio.CancelScope(shield=True):
+                await self._end(claim.key, claim.ending)
+        else:
+            await self._release(claim.key)
+
     async def _taken_back_later(
-        self, key: int, middleware: RunMiddleware, outcome: Outcome[T]
+        self, key: int, run_id: str, middleware: RunMiddleware, outcome: Outcome[T]
     ) -> Outcome[T]:
         """Takes back a run that had completed, and records how that ends."""
-        later: Outcome[Any] | None = None
-        try:
-            later = await outcome.rollback()
-        except BaseException as error:
-            later = outcome_of(error)
-            raise
-        finally:
-            if middleware.reopened:
-                middleware.reopened = False
+        if middleware.committed or middleware.reopened:
+            return await outcome.rollback()  # which refuses, or says again what came of it
+        with self._hold(run_id):
+            # Before anything is taken back: another process may have done so, or forgotten the run.
+            with anyio.CancelScope(shield=True):
+                await self._reopen(key)
+            middleware.reopened = True
+            later: Outcome[Any] | None = None
+            try:
+                later = await outcome.rollback()
+            except BaseException as error:
+                later = outcome_of(error)
+                raise
+            finally:
                 with anyio.CancelScope(shield=True):
                     if later is None or middleware.broken is not None:
-                        await self._release(key)
+                        await self._release(key, middleware.interruption())
                     else:
                         await self._end(key, Ending(STATES[later.state], b"", None))
         assert later is not None
         return later
+
+    async def _take_back_recalled(
+        self,
+        claim: Claim,
+        run_id: str,
+        saga: Saga[..., T],
+        call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    ) -> Outcome[T]:
+        """Takes back a run that had completed in another process, or earlier, by its history."""
+        with self._hold(run_id):
+            events = await self._load(claim.key)
+            if any(event.kind is EventKind.COMMITTED for event in events):
+                raise AlreadyCommitted(f"run {run_id!r} of saga {saga.name!r} has passed its commit")
+            with anyio.CancelScope(shield=True):
+                await self._reopen(claim.key)
+            try:
+                later = await self._go(claim, run_id, saga, call, events, (), "rollback")
+            except RunInterrupted as error:
+                later = cast("Outcome[T]", error.outcome)
+            await self._end(claim.key, Ending(STATES[later.state], b"", None))
+            run = Recorded(saga.name, run_id, lambda: later.steps)
+            return Outcome(run, later.state, cast("T", None), None)
 
     async def _ended(
         self,
@@ -435,10 +556,11 @@ class Journal(Storage):
         outcome: Outcome[Any] | None,
         error: BaseException | None,
     ) -> None:
-        middleware.ended = True
+        # Of a run that a recovery would carry on nothing has been taken back: see the middleware.
+        interruption = None if middleware.goes_on else middleware.interruption()
         if outcome is None or middleware.broken is not None:
             # What is on disk is less than what happened: recovery in the next process ends it.
-            await self._release(claim.key)
+            await self._release(claim.key, interruption)
             return
         value = middleware.value if error is None else b""
         recorded = None if error is None else encode_error(error)
@@ -446,14 +568,12 @@ class Journal(Storage):
             try:
                 await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
             except JournalError as failure:
-                middleware.ended, middleware.broken = False, failure
+                middleware.broken = failure
                 try:
-                    if error is None:
+                    if error is None and interruption is not None:
                         await outcome.rollback()
-                except AlreadyCommitted:
-                    pass  # the next process goes on to its end
                 finally:
-                    await self._release(claim.key)
+                    await self._release(claim.key, interruption)
                 if error is None or isinstance(error, Exception):
                     raise
 
@@ -461,19 +581,21 @@ class Journal(Storage):
 class _Hold:
     """Keeps a run id in hand for the length of a block."""
 
-    __slots__ = ("_in_hand", "_run_id")
+    __slots__ = ("_journal", "_run_id")
 
-    def __init__(self, in_hand: set[str], run_id: str) -> None:
-        self._in_hand = in_hand
+    def __init__(self, journal: Journal, run_id: str) -> None:
+        self._journal = journal
         self._run_id = run_id
 
     def __enter__(self) -> None:
-        if self._run_id in self._in_hand:
+        if self._run_id in self._journal._in_hand:
             raise RunInProgress(f"run {self._run_id!r} is under way in this process")
-        self._in_hand.add(self._run_id)
+        self._journal._in_hand.add(self._run_id)
 
     def __exit__(self, *error: object) -> None:
-        self._in_hand.discard(self._run_id)
+        self._journal._in_hand.discard(self._run_id)
+        if not self._journal._in_hand:
+            self._journal._let_go()
 
 
 def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run") -> str:
@@ -499,6 +621,19 @@ def _is_interruption(error: BaseException) -> bool:
     return not isinstance(error, Exception) and any(
         isinstance(leaf, Interrupted) for leaf in leaves(error)
     )
+
+
+def _is_for_all(error: BaseException) -> bool:
+    """Tells whether what one run raised ends the others too: an order to stop, no fault of that run.
+
+    A cancellation may be either. An action can raise one by itself, as does a future that somebody
+    has cancelled.
+    """
+    if isinstance(error, Exception):
+        return False
+    orders = (KeyboardInterrupt, SystemExit, GeneratorExit)
+    cancelled = anyio.current_effective_deadline() == -math.inf
+    return cancelled or any(isinstance(leaf, orders) for leaf in leaves(error))
 
 
 def _cancellation_in(error: BaseException) -> BaseException | None:

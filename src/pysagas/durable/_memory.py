@@ -14,7 +14,7 @@ from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, RunInfo, RunState
 from ._journal import Journal
-from ._storage import Claim, Ending, Stored
+from ._storage import Claim, Ending, RunGone, Stored
 
 __all__ = ["MemoryJournal", "in_words", "other_run"]
 
@@ -36,6 +36,7 @@ class MemoryJournal(Journal):
         """Starts with no runs."""
         super().__init__(codec)
         self._runs: dict[int, _Run] = {}
+        # No key is used again: an outcome that is kept may know a run that was pruned.
         self._keys = count()
 
     def in_next_process(self) -> Self:
@@ -53,11 +54,20 @@ class MemoryJournal(Journal):
         return None
 
     async def _claim(
-        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+        self,
+        run_id: str,
+        saga: str,
+        version: str | None,
+        args: bytes,
+        now: float,
+        *,
+        create: bool = False,
     ) -> Claim:
         await checkpoint()
         key = self._find(run_id)
         if key is None:
+            if not create:
+                raise RunGone(f"run {run_id!r}")
             key = next(self._keys)
             self._runs[key] = _Run(Stored(run_id, saga, version, args, RunState.RUNNING), now)
             return Claim(key, is_new=True)
@@ -70,8 +80,11 @@ class MemoryJournal(Journal):
         run.held = run.ending is None
         return Claim(key, run.ending)
 
-    async def _release(self, key: int) -> None:
-        self._runs[key].held = False
+    async def _release(self, key: int, last: Event | None = None) -> None:
+        run = self._runs[key]
+        run.held = False
+        if last is not None:
+            run.events.append(last)
 
     async def _load(self, key: int) -> list[Event]:
         return list(self._runs[key].events)
@@ -89,7 +102,9 @@ class MemoryJournal(Journal):
         run.stored = run.stored._replace(state=ending.state)
 
     async def _reopen(self, key: int) -> None:
-        run = self._runs[key]
+        run = self._runs.get(key)
+        if run is None:
+            raise RunGone("this run")
         if run.ending is None:
             raise RunInProgress(f"run {run.stored.run_id!r} is under way")
         run.ending, run.ended, run.held = None, None, True

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
-from functools import partial
 from typing import Any, Protocol
 
 import anyio
 
-from pysagas import CallNext, Effect, StepInHand, StepState
+from pysagas import CallNext, Effect, Saga, StepInHand, StepState
 
 from ._codec import Codec, decode_error, encode_error, encode_result, return_type, text_of
 from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
-from ._events import Event, EventKind, Path
+from ._events import Event, EventKind, Path, relevant
+from ._recalled import value_type
 from ._replay import Replay
 
 __all__ = ["Recorder", "RunMiddleware"]
+
+ENDED = {EventKind.DONE, EventKind.ANSWERED, EventKind.FAILED}
 
 
 class Recorder(Protocol):
@@ -42,10 +43,6 @@ class Recorder(Protocol):
         """
         ...
 
-    async def reopen(self) -> None:
-        """Takes up a run again that had ended, to be taken back."""
-        ...
-
 
 class RunMiddleware:
     """The outermost middleware of one run."""
@@ -54,32 +51,65 @@ class RunMiddleware:
         self,
         recorder: Recorder,
         codec: Codec,
-        saga: str,
-        replay: Replay,
-        settled: set[Path],
+        saga: Saga[..., Any],
+        events: list[Event],
         *,
-        value_type: Any,
+        recovering: bool,
+        resume: bool,
     ) -> None:
+        """Makes the one of a run.
+
+        Args:
+            recorder: Where its events go.
+            codec: For results.
+            saga: Whose run it is.
+            events: What is recorded of it.
+            recovering: Whether it had begun in another process.
+            resume: Whether it goes on after the replay, or is taken back.
+        """
         self._recorder = recorder
         self._codec = codec
         self._saga = saga
-        self.replay = replay
-        # What was taken back before the run was tried again, and stands in no order with the rest.
-        self._settled = settled
-        self._value_type = value_type
+        # And what was taken back before the run was tried again, which stands in no order with the rest.
+        history, self._settled, self.carried_on = relevant(events)
+        self._resume = resume
+        # Whether the run has passed its commit, as far as that is met.
+        self.committed = False
+        # The groups of which a member was interrupted, or cancelled.
+        self._cut_short: set[Path] = set()
+        # Where an action returned what could not be recorded, and only an undo takes it back.
+        self._lost: set[Path] = set()
+        self.replay = Replay(
+            saga.name, history, self._note_interruption, recovering=recovering, resume=resume
+        )
         # What the saga returned, in bytes.
         self.value = b""
         # Why nothing more is recorded, though the run goes on.
         self.broken: JournalError | None = None
-        self.ended = False
-        # Whether it was taken up again after that, to be taken back.
+        # Whether it was taken up again after its end, to be taken back.
         self.reopened = False
         # The last exception of an action, for people.
         self._last_error = ""
+        self.replay.start()
 
     async def __call__(self, effect: Effect, call_next: CallNext) -> object:
         """Replays an effect, or runs and records it."""
-        return await self.replay.carry_out(effect, partial(self._handle, effect, call_next))
+        replay = self.replay
+        if replay.abandoned is not None:
+            raise replay.abandoned
+        if not replay.is_member(effect):
+            return await self._handle(effect, call_next)
+        with replay.branch(effect.path):
+            try:
+                return await self._handle(effect, call_next)
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self._cut_short.add(effect.path[:-1])
+                if not await replay.leave(effect):
+                    self._append(EventKind.LEFT, effect)
+                raise
 
     async def _handle(self, effect: Effect, call_next: CallNext) -> object:
         match effect.kind:
@@ -97,31 +127,51 @@ class RunMiddleware:
 
     async def _whole(self, effect: Effect, call_next: CallNext) -> object:
         """A saga, or a group."""
+        replay = self.replay
+        is_group = effect.kind == "group"
+        if is_group:
+            replay.open_group(effect.path)
         try:
             result = await call_next()
-        except Exception:
-            self.replay.check_over(effect)
+        except Exception as error:
+            if replay.abandoned is not None:
+                raise
+            replay.check_over(effect)
+            if is_group and replay.stopped is not None and effect.path in self._cut_short:
+                # It is chance whether a member was interrupted, or cancelled since another one failed
+                # first; a function that catches the failure must not go on in one recovery only.
+                raise replay.stopped from error
             raise
-        if effect.kind == "group":
-            self.replay.check_over(effect, but=EventKind.JOINED)
-            if not await self.replay.meet(effect):
-                await self.replay.go_forward(effect)
-                self._append(EventKind.JOINED, effect)
-        self.replay.check_over(effect)
+        replay.check_over(effect)
+        if (is_group or replay.is_member(effect)) and not await replay.join(effect):
+            self._append(EventKind.JOINED, effect)
         if not effect.path:
-            self.replay.check_completed()
+            replay.check_completed()
             if self.broken is not None:
                 raise self.broken  # what is on disk is not what the caller would be told
-            place = f"saga {self._saga!r}"
-            self.value = encode_result(self._codec, result, self._value_type, place)
+            self.value = encode_result(
+                self._codec, result, value_type(self._saga), f"saga {self._saga.name!r}"
+            )
         return result
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a recovery would carry the run on: then nothing may be taken back unrecorded."""
+        return self._resume or self.committed
+
+    def interruption(self) -> Event:
+        """Gives what is to be recorded of a run that was taken back while nothing could be recorded."""
+        return Event(EventKind.INTERRUPTED, (), self._saga.name, b"", time.time())
+
+    def _note_interruption(self) -> None:
+        self._append_event(self.interruption())
 
     # --- actions and commits -----------------------------------------------------------------------
 
     async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         events = await self.replay.meet(effect)
         last = events[-1] if events else None
-        if last is not None and last.kind in (EventKind.DONE, EventKind.FAILED):
+        if last is not None and last.kind in ENDED:
             return self._recall(effect, step, last)
         if last is not None and len(events) > 1 and events[-2].kind is EventKind.DONE:
             result = self._recall(effect, step, events[-2])
@@ -151,12 +201,30 @@ class RunMiddleware:
             step.recall(StepState.COMPLETED, result=result)
             return result
         data = json.loads(event.data)
-        error = decode_error(data["error"])
+        state = StepState(data["state"])
         result = None
         if data["result"] is not None:
-            result = self._decode(data["result"].encode("latin-1"), kind, effect)
-        step.recall(StepState(data["state"]), result=result, error=error)
+            result = self._decode(_bytes(data["result"]), kind, effect)
+        elif state is StepState.COMPLETED:
+            state = self._recall_lost(effect, step)
+        if event.kind is EventKind.ANSWERED:
+            step.recall(state, result=result)
+            return self._decode(_bytes(data["answer"]), kind if data["typed"] else Any, effect)
+        error = decode_error(data["error"])
+        step.recall(state, result=result, error=error)
         raise error
+
+    def _recall_lost(self, effect: Effect, step: StepInHand) -> StepState:
+        """Says how a step stands whose action returned what could not be recorded.
+
+        While that process lived its undo could take it. Now the step is in doubt; but where its undo
+        alone was recorded, that has to be met.
+        """
+        undone = self.replay.is_recorded("compensation", effect.path) or effect.path in self._settled
+        if step.compensation is not None or not undone:
+            return StepState.UNKNOWN
+        self._lost.add(effect.path)
+        return StepState.COMPLETED
 
     def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
         try:
@@ -173,32 +241,63 @@ class RunMiddleware:
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         try:
             await self._record(EventKind.STARTED, effect)
-            result = await call_next()
+            answer = await call_next()
+            returned = step.state is StepState.COMPLETED and answer is step.result
+            if returned:
+                data = self._encode(effect, step, answer)
+            else:
+                data = self._encode_answer(effect, step, answer)
         except BaseException as error:
-            self._last_error = f"{type(error).__name__}: {text_of(error)}"
-            with suppress(NotRecordable):  # then it stays in doubt
-                done = step.state is StepState.COMPLETED
-                result = self._encode(effect, step, step.result) if done else b""
-                if isinstance(error, Exception):
-                    failure = {
-                        "state": step.state.value,
-                        # Text, whatever the codec: each byte is a character.
-                        "result": result.decode("latin-1") if done else None,
-                        "error": encode_error(error),
-                    }
-                    self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
-                elif step.state is not StepState.UNKNOWN:
-                    # A cancellation is no result; but the action had returned before, or this step
-                    # is not in doubt, and will not be compensated.
-                    if done:
-                        self._append(EventKind.DONE, effect, result)
-                    self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
+            self._note_failure(effect, step, error)
             raise
-        self._append(EventKind.DONE, effect, self._encode(effect, step, result))
-        return result
+        self._append(EventKind.DONE if returned else EventKind.ANSWERED, effect, data)
+        return answer
+
+    def _note_failure(self, effect: Effect, step: StepInHand, error: BaseException) -> None:
+        self._last_error = f"{type(error).__name__}: {text_of(error)}"
+        result = self._encode_result(effect, step)
+        if isinstance(error, Exception):
+            failure = {
+                "state": step.state.value,
+                "result": result,
+                "error": encode_error(error),
+            }
+            self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
+        elif step.state is not StepState.UNKNOWN and (result is not None) == (
+            step.state is StepState.COMPLETED
+        ):
+            # A cancellation is no result; but the action had returned before, or this step is not in
+            # doubt, and will not be compensated.
+            if result is not None:
+                self._append(EventKind.DONE, effect, _bytes(result))
+            self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
+
+    def _encode_answer(self, effect: Effect, step: StepInHand, answer: object) -> bytes:
+        """Gives the data of an action for which somebody else has answered, in whatever type."""
+        try:
+            data, typed = self._encode(effect, step, answer), True
+        except NotRecordable:
+            place = f"what was answered for step {effect.name!r} of saga {self._saga.name!r}"
+            data, typed = encode_result(self._codec, answer, Any, place), False
+        answered = {
+            "state": step.state.value,
+            "result": self._encode_result(effect, step),
+            "answer": _text(data),
+            "typed": typed,
+        }
+        return json.dumps(answered).encode()
+
+    def _encode_result(self, effect: Effect, step: StepInHand) -> str | None:
+        """Gives what an action returned; None where it did not, or that cannot be recorded."""
+        if step.state is not StepState.COMPLETED:
+            return None
+        try:
+            return _text(self._encode(effect, step, step.result))
+        except NotRecordable:
+            return None
 
     def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
-        place = f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
+        place = f"step {effect.name!r} of saga {self._saga.name!r} at {effect.path}"
         return encode_result(self._codec, result, return_type(step.action), place)
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
@@ -206,6 +305,7 @@ class RunMiddleware:
         if not await self.replay.meet(effect):
             await self.replay.go_forward(effect)
             late = await self._record_surely(EventKind.COMMITTED, effect)
+        self.committed = True
         result = await call_next()
         if late is not None:
             raise late
@@ -216,10 +316,6 @@ class RunMiddleware:
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
         if not await self.replay.meet(effect):
             await self.replay.park(effect, forward=False)
-            if self.ended and not self.reopened:
-                with anyio.CancelScope(shield=True):  # from the time limit of the rollback
-                    await self._recorder.reopen()
-                self.reopened = True
             self._append(EventKind.ROLLBACK, effect, self._last_error.encode())
         return await call_next()
 
@@ -233,8 +329,18 @@ class RunMiddleware:
                 raise decode_error(json.loads(last.data))
         # Not begun; or in doubt, and then it runs again.
         await self.replay.park(effect, forward=False)
-        with suppress(JournalError):  # it has to run, recorded or not; recovery will run it again
+        if effect.path in self._lost:
+            raise NotRecordable(
+                f"step {effect.name!r} at {effect.path} returned what could not be recorded, and its undo "
+                "has not ended: take it back by hand, or give the step a compensation, which takes its "
+                "arguments"
+            )
+        try:
             await self._record(EventKind.COMPENSATING, effect)
+        except JournalError:
+            if self.replay.abandoned is not None:
+                raise
+            # It has to run, recorded or not. The next recovery will run it again.
         try:
             result = await call_next()
         except BaseException as error:
@@ -248,9 +354,12 @@ class RunMiddleware:
     # --- recording -----------------------------------------------------------------------------------
 
     def _append(self, kind: EventKind, effect: Effect, data: bytes = b"") -> None:
+        self._append_event(Event(kind, effect.path, effect.name, data, time.time()))
+
+    def _append_event(self, event: Event) -> None:
         if self.broken is None:
             try:
-                self._recorder.append(Event(kind, effect.path, effect.name, data, time.time()))
+                self._recorder.append(event)
             except JournalError as error:
                 # It has happened, recorded or not. What follows will not.
                 self.broken = error
@@ -268,6 +377,8 @@ class RunMiddleware:
             # What was lost leaves a gap, after which nothing can be recorded any more.
             self.broken = error
         if self.broken is not None:
+            if self.goes_on:
+                self.replay.abandon(self.broken)
             raise self.broken
 
     async def _record_surely(self, kind: EventKind, effect: Effect) -> BaseException | None:
@@ -287,3 +398,14 @@ class RunMiddleware:
                 except anyio.get_cancelled_exc_class() as error:
                     late = error
         return late
+
+
+# Text, whatever the codec: each byte is a character.
+
+
+def _text(data: bytes) -> str:
+    return data.decode("latin-1")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("latin-1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from pysagas import (
@@ -17,7 +17,7 @@ from pysagas import (
 )
 
 from ._codec import Codec, decode_error, return_type
-from ._errors import RunInterrupted, SagaChanged
+from ._errors import Interrupted, RecordedError, RunInterrupted, SagaChanged
 from ._events import Event, EventKind, relevant
 from ._storage import Ending
 
@@ -43,13 +43,24 @@ def recalled(
     saga: Saga[..., T],
     run_id: str,
     exceptions: Any,
+    take_back: Callable[[], Awaitable[Outcome[T]]],
 ) -> Outcome[T]:
-    """Gives the outcome of a run that has ended, or raises what it raised."""
+    """Gives the outcome of a run that has ended, or raises what it raised.
+
+    Args:
+        ending: How it ended.
+        events: What is recorded of it.
+        codec: For results.
+        saga: Its saga.
+        run_id: Its name.
+        exceptions: As for `Saga.run`.
+        take_back: Takes it back, if it completed.
+    """
     reports = _reports(events, codec)
     run = Recorded(saga.name, run_id, lambda: reports)
     state = SagaState[ending.state.name]
     if state is SagaState.COMPLETED:
-        return Outcome(run, state, _value(ending.value, codec, saga, run_id), None)
+        return Outcome(run, state, _value(ending.value, codec, saga, run_id), None, take_back)
     if ending.error is None:
         return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
     error = decode_error(ending.error)
@@ -59,7 +70,7 @@ def recalled(
         error = CompensationFailed(saga.name, None, failures, outcome)
         outcome = Outcome(run, state, None, error)
         error.outcome = outcome
-    if not isinstance(error, Exception):
+    if not ending.error["is_exception"]:
         raise taken_back(run_id, outcome) from None
     attach_outcome(error, outcome)
     expected = (*saga.exceptions, *exception_types(exceptions))
@@ -81,10 +92,27 @@ def _value(data: bytes, codec: Codec, saga: AnySaga, run_id: str) -> Any:
 
 
 def taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
-    """Makes the error of a run that was not carried out, since its process died."""
-    error = RunInterrupted(f"the process of run {run_id!r} died, and the run has been taken back")
+    """Makes the error of a run that was cut off: its process died, or it was cancelled."""
+    cause = _why_cut_off(run_id, None if outcome is None else outcome.error)
+    if outcome is not None and outcome.state is SagaState.FAILED:
+        what = "it had passed its commit, and what came after that was taken back; retry goes on from there"
+    else:
+        what = "the run has been taken back"
+    error = RunInterrupted(f"{cause}, and {what}")
     error.outcome = outcome
     return error
+
+
+def _why_cut_off(run_id: str, error: BaseException | None) -> str:
+    cuts = [] if error is None else [leaf for leaf in leaves(error) if not isinstance(leaf, Exception)]
+    if error is None or any(isinstance(leaf, Interrupted) for leaf in cuts):
+        return f"the process of run {run_id!r} died"
+    # What asyncio raises is unknown to a process that runs on Trio, and the other way round.
+    names = {leaf.kind.rpartition(":")[2] for leaf in leaves(error) if isinstance(leaf, RecordedError)}
+    names |= {type(leaf).__name__ for leaf in cuts}
+    if names & {"CancelledError", "Cancelled"}:
+        return f"run {run_id!r} was cancelled"
+    return f"run {run_id!r} was ended by {', '.join(sorted(names))}"
 
 
 def leaves(error: BaseException) -> Iterable[BaseException]:
@@ -110,8 +138,9 @@ def value_type(saga: AnySaga) -> Any:
 
 def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
     """Gives the reports of the steps of a run that has ended, from its history."""
+    events = list(events)
     reports: dict[tuple[int, ...], StepReport] = {}
-    history, settled = relevant(events)
+    history, settled, _ = relevant(events)
     for kind, path, name, data, _ in history:
         known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
         match kind:
@@ -120,6 +149,8 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
             case EventKind.DONE:
                 result = codec.decode(data, Any)
                 reports[path] = known._replace(state=StepState.COMPLETED, result=result)
+            case EventKind.ANSWERED:
+                reports[path] = known._replace(state=StepState(json.loads(data)["state"]))
             case EventKind.FAILED:
                 failure = json.loads(data)
                 state = StepState(failure["state"])
@@ -134,6 +165,9 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
                 reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
             case _:
                 pass
+    names = {event.path: event.name for event in events}
     for path in settled:
-        reports[path] = reports[path]._replace(state=StepState.COMPENSATED)
+        # The function of an `on_rollback` has not begun anywhere in the history.
+        known = reports.get(path, StepReport(names[path], path, StepState.UNKNOWN))
+        reports[path] = known._replace(state=StepState.COMPENSATED)
     return tuple(reports[path] for path in sorted(reports))

@@ -19,10 +19,8 @@ The rules. The history is a list of events; a cursor says how far it is replayed
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import NoReturn
 
 import anyio
@@ -30,28 +28,33 @@ import anyio.lowlevel
 
 from pysagas import Effect
 
-from ._errors import Interrupted, SagaChanged
+from ._errors import Interrupted, RecordedError, SagaChanged
 from ._events import BACK, Event, EventKind, Path, below
 
 __all__ = ["Replay"]
 
-FORWARD = {
+ENDS = {EventKind.JOINED, EventKind.LEFT}
+ACTION = {
     EventKind.STARTED,
     EventKind.DONE,
+    EventKind.ANSWERED,
     EventKind.FAILED,
     EventKind.CUT_OFF,
-    EventKind.JOINED,
-    EventKind.COMMITTED,
 }
-# By which of its effects an event is met.
+FORWARD = {*ACTION, *ENDS, EventKind.COMMITTED}
+# By which of its effects an event is met; or by the end of a group, or of a member of one.
 MET_BY = {
-    **dict.fromkeys(FORWARD - {EventKind.COMMITTED}, "action"),
+    **dict.fromkeys(ACTION, "action"),
     **dict.fromkeys(BACK, "compensation"),
-    EventKind.JOINED: "group",
+    **dict.fromkeys(ENDS, "end"),
     EventKind.COMMITTED: "commit",
     EventKind.ROLLBACK: "rollback",
+    EventKind.INTERRUPTED: "",
 }
 MEMBERS = {"action", "saga", "group"}
+
+# What may be due to a cancellation, which is not recorded itself.
+CUTS_OFF = {EventKind.LEFT, EventKind.ROLLBACK}
 
 # How often the event loop goes round before a standstill is believed. Members of a group need one or
 # two to come, and one to go.
@@ -61,17 +64,27 @@ ROUNDS = 20
 class Replay:
     """The history of one run, and how far it has been met; of a run that is new there is none."""
 
-    def __init__(self, saga: str, history: list[Event], *, recovering: bool, resume: bool) -> None:
+    def __init__(
+        self,
+        saga: str,
+        history: list[Event],
+        note_interruption: Callable[[], None],
+        *,
+        recovering: bool,
+        resume: bool,
+    ) -> None:
         """Starts at the beginning.
 
         Args:
             saga: Its name, for messages.
             history: What holds of what is recorded.
+            note_interruption: Records that the run is taken back from here.
             recovering: Whether the run had begun in another process.
             resume: Whether it goes on after the replay, or is taken back.
         """
         self._saga = saga
         self._history = history
+        self._note_interruption = note_interruption
         self._resume = resume
         self._cursor = 0
         # For each effect, where its events stand in the history.
@@ -85,51 +98,52 @@ class Replay:
         self._waiting: dict[Path, list[Path | None]] = {}
         # Counts what happens, so that a standstill is noticed.
         self._ticks = 0
-        # The members that have begun. In each group, how many of them are held back before they fail.
-        self._begun: set[Path] = set()
-        self._held: Counter[Path] = Counter()
-        # Who waits for an effect to be met; for one that is held back to fail.
+        # Who waits: for any effect to be met, or any turn to be taken; for its turn, by index; for the
+        # end of the history, by path.
         self._met: list[anyio.Event] = []
-        self._released: list[anyio.Event] = []
-        # Who waits: for its turn, by index; for the end of the history, by path.
         self._turns: dict[int, list[anyio.Event]] = {}
         self._parked: dict[tuple[str, Path], anyio.Event] = {}
         # What every forward effect raises from now on: the run is to be taken back.
         self.interrupted: Interrupted | None = None
+        # The same, once a recovery has come to the end of the history: then nothing goes forward.
+        self.stopped: Interrupted | None = None
         # What every effect raises from now on, compensations included: nothing more is to happen.
         self.abandoned: BaseException | None = None
         # A native cancellation that came during the replay, to be raised at its end.
         self._late: BaseException | None = None
-        if recovering:
-            self._moved_on()
+        self._recovering = recovering
 
     # --- for the middleware ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins; a run that had begun, and of which nothing is recorded, is interrupted at once."""
+        if self._recovering:
+            self._moved_on()
 
     @property
     def is_over(self) -> bool:
         """Whether all of the history has been met."""
         return self._cursor == len(self._history)
 
-    async def carry_out(self, effect: Effect, work: Callable[[], Awaitable[object]]) -> object:
-        """Does the work of an effect; with respect to the others, where it is a member of a group."""
-        if self.abandoned is not None:
-            raise self.abandoned
-        path = effect.path
-        if effect.kind == "group":
-            self._groups.add(path)
-        if self.is_over or not path or path[:-1] not in self._groups or effect.kind not in MEMBERS:
-            return await work()
+    def is_recorded(self, kind: str, path: Path) -> bool:
+        """Tells whether the history has something of an effect that has not been met yet."""
+        return (kind, path) in self._known
+
+    def is_member(self, effect: Effect) -> bool:
+        """Tells whether an effect is a whole member of a group."""
+        return bool(effect.path) and effect.path[:-1] in self._groups and effect.kind in MEMBERS
+
+    def open_group(self, path: Path) -> None:
+        """Notes that what is just below a place runs at the same time."""
+        self._groups.add(path)
+
+    @contextmanager
+    def branch(self, path: Path) -> Generator[None]:
+        """Notes that a member of a group is under way."""
         self._ticks += 1
         self._branches.add(path)
-        self._begun.add(path)
         try:
-            result = await work()
-        except BaseException:
-            await self._hold_back(effect)
-            raise
-        else:
-            await self._let_fail(effect)
-            return result
+            yield
         finally:
             self._ticks += 1
             self._branches.discard(path)
@@ -141,26 +155,62 @@ class Replay:
             return []
         indexes = self._known.pop((effect.kind, effect.path), [])
         self._wake(self._met)
-        for index in indexes:
-            if self._history[index].name != effect.name:
-                self._refuse(self._history[index], f"{effect.name!r} is there now")
-        self._check_place(effect, indexes[0] if indexes else len(self._history))
-        for index in indexes:
-            await self._turn(index, effect)
-        return [self._history[index] for index in indexes]
+        return await self._take(indexes, effect)
+
+    async def join(self, effect: Effect) -> bool:
+        """Waits until a group, or a member of one, may end well; tells whether that is recorded.
+
+        Raises:
+            Interrupted: It may not.
+        """
+        indexes = self._known.get(("end", effect.path), [])
+        joined = any(self._history[index].kind is EventKind.JOINED for index in indexes)
+        if joined:
+            del self._known["end", effect.path]
+            self._wake(self._met)
+            await self._take(indexes, effect)
+        else:
+            # If it was cut off where nothing was left to do, what did that comes here again.
+            await self.go_forward(effect)
+        return joined
+
+    async def leave(self, effect: Effect) -> bool:
+        """Waits until a member that did not end well may leave its group; tells whether that is recorded.
+
+        After that no other one begins, and those under way may be cancelled; but a replay is faster
+        than what it replays. So first the others come where they had come.
+        """
+        group = effect.path[:-1]
+        indexes = self._known.pop(("end", effect.path), [])
+        if not indexes:
+            await self._come_to(self._end_of_members(group), effect)
+            return self.abandoned is not None
+        (index,) = indexes
+        recorded = self._history[index]
+        if recorded.kind is EventKind.JOINED and self.abandoned is None:
+            self._give_up(self._changed(recorded, f"{effect.name!r} does not end well now"))
+        await self._come_to(index, effect)
+        while self.abandoned is None and self._is_awaited(group, index):
+            await self._wait_shielded(self._met, effect)
+        if self.abandoned is None:
+            self._take_turn(index)
+        return True
 
     async def park(self, effect: Effect, *, forward: bool) -> None:
         """Waits until all history is replayed; for forward work, or until it is interrupted.
 
         Raises:
             Interrupted: Forward work must not start, or be started again.
+            RecordedError: A compensation was not tried, since another one had failed.
         """
         key = (effect.kind, effect.path)
         place = effect.path if forward else None
         self._wake_if_rolled_back()
-        while not self.is_over:
+        while not (self.is_over or (forward and self.stopped is not None)):
             waiting = self._parked[key] = anyio.Event()
             try:
+                if not forward and effect.kind == "compensation" and self._was_passed_over(effect.path):
+                    raise RecordedError("it was not tried, since another compensation had failed")
                 if forward and self._was_rolled_back(effect.path) and await self._is_quiet(effect):
                     self._interrupt()
                     break
@@ -182,12 +232,13 @@ class Replay:
         if self._late is not None:
             raise self._late
 
-    def check_over(self, effect: Effect, *, but: EventKind | None = None) -> None:
+    def check_over(self, effect: Effect) -> None:
         """Refuses to end something of which there is history left."""
         if self.abandoned is not None:
             raise self.abandoned
         for event in self._left():
-            if event.kind in FORWARD - {but} and below(event.path, effect.path):
+            own_end = event.path == effect.path and event.kind in ENDS
+            if event.kind in FORWARD and below(event.path, effect.path) and not own_end:
                 self._refuse(event, f"{effect.kind} {effect.name!r} at {effect.path} ends without it")
 
     def check_completed(self) -> None:
@@ -205,9 +256,7 @@ class Replay:
 
     def abandon(self, error: BaseException) -> NoReturn:
         """Lets nothing more happen in this run; raises the error wherever something would."""
-        self.abandoned = error
-        self._wake([event for events in self._turns.values() for event in events])
-        self._wake([*self._parked.values(), *self._met, *self._released])
+        self._give_up(error)
         raise error
 
     # --- how -------------------------------------------------------------------------------------
@@ -215,43 +264,61 @@ class Replay:
     def _left(self) -> list[Event]:
         return self._history[self._cursor :]
 
-    async def _turn(self, index: int, effect: Effect) -> None:
-        """Waits for an event's turn, and takes it."""
+    def _give_up(self, error: BaseException) -> None:
+        self.abandoned = error
+        self._wake([event for events in self._turns.values() for event in events])
+        self._wake([*self._parked.values(), *self._met])
+
+    async def _take(self, indexes: list[int], effect: Effect) -> list[Event]:
+        """Takes the events of an effect, each in its turn."""
+        for index in indexes:
+            if self._history[index].name != effect.name:
+                self._refuse(self._history[index], f"{effect.name!r} is there now")
+        self._check_place(effect, indexes[0] if indexes else len(self._history))
+        for index in indexes:
+            await self._come_to(index, effect)
+            if self.abandoned is not None:
+                raise self.abandoned
+            self._take_turn(index)
+        return [self._history[index] for index in indexes]
+
+    async def _come_to(self, index: int, effect: Effect) -> None:
+        """Waits for an event's turn, or until the run is given up."""
         while self._cursor < index and self.abandoned is None:
             self._wake_if_rolled_back()
             await self._wait_shielded(self._turns.setdefault(index, []), effect)
-        if self.abandoned is not None:
-            raise self.abandoned
+
+    def _take_turn(self, index: int) -> None:
         self._cursor = index + 1
         self._moved_on()
 
-    async def _hold_back(self, effect: Effect) -> None:
-        """Lets the others of a group come where they had come, before one of them fails.
+    def _end_of_members(self, group: Path) -> int:
+        """Gives the index after the last event that is left in the members of a group."""
+        end = self._cursor
+        for index, event in self._until_taken_back(group, self._cursor):
+            if below(event.path, group) and event.path != group:
+                end = index + 1
+        return end
 
-        After a failure none begins, and those under way may be cancelled; and a replay is faster
-        than what it replays.
-        """
-        group = effect.path[:-1]
-        self._held[group] += 1
-        while self._awaited(group):
-            await self._wait_shielded(self._met, effect)
-        self._held[group] -= 1
-        self._wake(self._released)
+    def _is_awaited(self, group: Path, index: int) -> bool:
+        """Tells whether a member had already begun what comes next in it, and has not been met there."""
+        seen: set[Path] = set()
+        for _, event in self._until_taken_back(group, index + 1):
+            member = event.path[: len(group) + 1]
+            if below(event.path, group) and event.path != group and member not in seen:
+                seen.add(member)
+                is_ahead = event.kind in ACTION or event.kind is EventKind.JOINED
+                if is_ahead and self.is_recorded(MET_BY[event.kind], event.path):
+                    return True
+        return False
 
-    async def _let_fail(self, effect: Effect) -> None:
-        """Lets one fail that is held back, before another one ends well and the next takes its place."""
-        group = effect.path[:-1]
-        while self._held[group] and self._awaited(group) <= self._begun:
-            await self._wait_shielded(self._released, effect)
-
-    def _awaited(self, group: Path) -> set[Path]:
-        """Gives the members of a group of which something is about to come that has not been met."""
-        awaited: set[Path] = set()
-        if self.abandoned is None:
-            for event in takewhile(lambda event: event.kind in FORWARD, self._left()):
-                if below(event.path, group) and (MET_BY[event.kind], event.path) in self._known:
-                    awaited.add(event.path[: len(group) + 1])
-        return awaited
+    def _until_taken_back(self, group: Path, start: int) -> Iterator[tuple[int, Event]]:
+        """Gives what follows an index, until the group itself is taken back, or what is around it."""
+        for index in range(start, len(self._history)):
+            event = self._history[index]
+            if event.kind is EventKind.ROLLBACK and below(group, event.path):
+                return
+            yield index, event
 
     async def _wait_shielded(self, events: list[anyio.Event], effect: Effect) -> None:
         """Waits until the next time that these are woken; a native cancellation is kept for later."""
@@ -314,22 +381,28 @@ class Replay:
 
     def _moved_on(self) -> None:
         """Wakes who was waiting for the cursor to come here."""
-        if not self.is_over:
-            turn = self._turns.pop(self._cursor, None)
-            if turn is not None:
-                self._wake(turn)
-            elif self._history[self._cursor].kind is EventKind.ROLLBACK:
-                self._wake_parked()
-            return
-        committed = any(event.kind is EventKind.COMMITTED for event in self._history)
-        if not self._resume and not committed:
-            self._interrupt()
+        self._wake(self._turns.pop(self._cursor, []))
+        if self.is_over:
+            self._wake_parked()
+            committed = any(event.kind is EventKind.COMMITTED for event in self._history)
+            if not self._resume and not committed and self.stopped is None:
+                self._stop()
+                self._note_interruption()
+        elif self._history[self._cursor].kind is EventKind.INTERRUPTED:
+            self._stop()
+            self._take_turn(self._cursor)
+        else:
+            self._wake_if_rolled_back()
+
+    def _stop(self) -> None:
+        """Lets nothing go forward any more: where it has not been, it is interrupted."""
+        self._interrupt()
+        self.stopped = self.interrupted
         self._wake_parked()
 
     def _wake_if_rolled_back(self) -> None:
-        for event in self._left()[:1]:
-            if event.kind is EventKind.ROLLBACK:
-                self._wake_parked()
+        if not self.is_over and self._history[self._cursor].kind in CUTS_OFF:
+            self._wake_parked()
 
     def _wake_parked(self) -> None:
         for event in self._parked.values():
@@ -343,12 +416,13 @@ class Replay:
 
     def _refuse(self, recorded: Event, met: str) -> NoReturn:
         """Gives the run up: nothing has been touched, and nothing will be."""
-        self.abandon(
-            SagaChanged(
-                f"saga {self._saga!r} is not the one that was recorded: recorded is {recorded.name!r} "
-                f"at {recorded.path} ({recorded.kind.value}), but {met}; the run is as it was: "
-                "recover it with the saga as it was, and give a changed saga another version"
-            )
+        self.abandon(self._changed(recorded, met))
+
+    def _changed(self, recorded: Event, met: str) -> SagaChanged:
+        return SagaChanged(
+            f"saga {self._saga!r} is not the one that was recorded: recorded is {recorded.name!r} "
+            f"at {recorded.path} ({recorded.kind.value}), but {met}; the run is as it was: "
+            "recover it with the saga as it was, and give a changed saga another version"
         )
 
     def _check_place(self, effect: Effect, index: int) -> None:
@@ -357,6 +431,8 @@ class Replay:
         if index < len(self._history):
             kinds = FORWARD | BACK
         for event in self._history[self._cursor : index]:
+            if event.kind is EventKind.LEFT and below(effect.path, event.path):
+                continue  # it was cut off before it came here
             if event.kind in kinds and not self._apart(effect.path, event.path):
                 met = f"{effect.kind} {effect.name!r} at {effect.path} comes in its place"
                 self._refuse(event, met)
@@ -382,12 +458,16 @@ class Replay:
         return True
 
     def _was_rolled_back(self, path: Path) -> bool:
-        """Tells whether the history has come to a rollback of this place, after which nothing began."""
+        """Tells whether the history has come to where this place was cut off, after which nothing began."""
         event, *later = self._left()
-        return (
-            event.kind is EventKind.ROLLBACK
-            and below(path, event.path)
-            and not any(
-                other.kind is EventKind.STARTED and not below(other.path, event.path) for other in later
-            )
+        if event.kind not in CUTS_OFF or not below(path, event.path):
+            return False
+        around = event.path[:-1] if event.kind is EventKind.LEFT else event.path
+        return not any(
+            other.kind is EventKind.STARTED and not below(other.path, around) for other in later
         )
+
+    def _was_passed_over(self, path: Path) -> bool:
+        """Tells whether the history has come to the end of what would have taken this place back."""
+        event = self._history[self._cursor]
+        return event.kind in CUTS_OFF and below(path, event.path)

@@ -3,7 +3,8 @@
 Three tables, see ``SCHEMA``; ``sqlite3 sagas.db 'SELECT * FROM events'`` reads them. A run belongs
 to an *owner*, the journal object of one process. An owner holds an exclusive lock, for as long as
 its process lives, on a file of its own beside the journal; the kernel drops it when the process
-dies, however that happens. Who finds an unfinished run tries its owner's lock: no heartbeat and no
+dies, however that happens. A journal that is closed while runs of it still act keeps the lock for
+as long as they do. Who finds an unfinished run tries its owner's lock: no heartbeat and no
 time-out, and nobody who is merely slow is taken for dead. The lock is one of SQLite's own, which
 works wherever the journal itself does.
 """
@@ -14,7 +15,9 @@ import json
 import os
 import socket
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +31,8 @@ from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Journal
 from ._memory import in_words, other_run
-from ._storage import Claim, Ending, Stored
-from ._writer import Writer
+from ._storage import Claim, Ending, RunGone, Stored
+from ._writer import INSERT, Row, Writer
 
 __all__ = ["SQLiteJournal"]
 
@@ -46,7 +49,7 @@ SCHEMA = (
         started REAL NOT NULL         -- seconds since the epoch, here as everywhere
     )""",
     """CREATE TABLE runs (
-        id INTEGER PRIMARY KEY,
+        id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never that of a run that was pruned
         run_id TEXT NOT NULL UNIQUE,
         saga TEXT NOT NULL,
         version TEXT,
@@ -124,7 +127,13 @@ class SQLiteJournal(Journal):
         self._token = ""
         self._owner = 0
         self._lock: sqlite3.Connection | None = None
+        # Whether the file is closed, and the lock is only there for runs that still act. The lock
+        # goes when both are over, on whichever thread that is.
+        self._closed = False
+        self._letting_go = threading.Lock()
         self._next_seq: dict[int, int] = {}
+        # What is still to be recorded of runs that were taken back while that was not possible.
+        self._owed: list[Callable[[sqlite3.Connection], None]] = []
 
     def __repr__(self) -> str:
         return f"<SQLiteJournal {self._path}>"
@@ -136,10 +145,17 @@ class SQLiteJournal(Journal):
 
         Raises:
             JournalError: It cannot be opened: it is no journal, is of a newer format, cannot be
-                written or is locked.
+                written or is locked; or runs of its last opening are still under way.
         """
         if self._writer is not None:
             raise JournalError(f"journal {self._path} is open already")
+        if self._in_hand:
+            # They belong to the owner that it was then, whom it would not be any more.
+            raise JournalError(
+                f"journal {self._path} cannot be opened again: it was closed while runs were under way, "
+                f"and these still are: {', '.join(sorted(map(repr, self._in_hand)))}; wait for them, or "
+                "open another SQLiteJournal"
+            )
         writer = Writer(self._connect, self._close, f"journal {self._path}")
         try:
             await writer.start()
@@ -156,7 +172,11 @@ class SQLiteJournal(Journal):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes the file. Runs that are under way can record nothing more, and are taken back."""
+        """Closes the file.
+
+        Runs that are under way can record nothing more, and are taken back. Until that is over no
+        other process takes them up.
+        """
         writer = self._open()
         self._writer = None
         await writer.stop()
@@ -180,10 +200,7 @@ class SQLiteJournal(Journal):
             self._prepare(connection)
         except BaseException as error:
             connection.close()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
-                self._lock_path(self._token).unlink(missing_ok=True)
+            self._drop_lock()
             if isinstance(error, sqlite3.Error):
                 raise JournalError(f"{problem}: {error}") from error
             raise
@@ -191,14 +208,26 @@ class SQLiteJournal(Journal):
 
     def _close(self, connection: sqlite3.Connection) -> None:
         """Lets go of all runs, of the lock and of the file; on the writer's thread."""
-        with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
-            connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
-            connection.execute("DELETE FROM owners WHERE id = ?", (self._owner,))
+        with suppress(sqlite3.Error):
+            self._settle(connection)
+        if not self._in_hand:
+            with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
+                connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
+                connection.execute("DELETE FROM owners WHERE id = ?", (self._owner,))
         connection.close()
+        self._closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self._letting_go:
+            if self._closed and not self._in_hand:
+                self._drop_lock()
+
+    def _drop_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        self._lock_path(self._token).unlink(missing_ok=True)
+            self._lock_path(self._token).unlink(missing_ok=True)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._check_format(connection)
@@ -206,8 +235,10 @@ class SQLiteJournal(Journal):
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         # The log grows once and is written over, which is faster than to make it anew.
         connection.execute("PRAGMA journal_size_limit = -1")
-        self._token = uuid4().hex
-        self._lock = _take_lock(self._lock_path(self._token))
+        self._closed = False
+        while self._lock is None:
+            self._token = uuid4().hex
+            self._lock = _take_lock(self._lock_path(self._token))
         connection.execute("BEGIN IMMEDIATE")
         if not self._check_format(connection):
             for statement in SCHEMA:
@@ -268,14 +299,24 @@ class SQLiteJournal(Journal):
     # --- storage ------------------------------------------------------------------------------------
 
     async def _claim(
-        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+        self,
+        run_id: str,
+        saga: str,
+        version: str | None,
+        args: bytes,
+        now: float,
+        *,
+        create: bool = False,
     ) -> Claim:
         def claim(connection: sqlite3.Connection) -> Claim:
+            self._settle(connection)
             row = connection.execute(
                 "SELECT id, saga, version, args, state, owner, value, error FROM runs WHERE run_id = ?",
                 (run_id,),
             ).fetchone()
             if row is None:
+                if not create:
+                    raise RunGone(f"run {run_id!r}")
                 new = connection.execute(
                     "INSERT INTO runs (run_id, saga, version, args, state, owner, started) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -316,15 +357,35 @@ class SQLiteJournal(Journal):
         row = connection.execute("SELECT token FROM owners WHERE id = ?", (owner,)).fetchone()
         return row is not None and _is_locked(self._lock_path(row[0]))
 
-    async def _release(self, key: int) -> None:
-        self._next_seq.pop(key, None)
-        with suppress(JournalError):
-            self._open().forget(key)
-            await self._open().call(
-                lambda connection: connection.execute(
-                    "UPDATE runs SET owner = NULL WHERE id = ? AND owner = ?", (key, self._owner)
+    async def _release(self, key: int, last: Event | None = None) -> None:
+        def release(connection: sqlite3.Connection) -> None:
+            if last is not None:
+                (seq,) = connection.execute(
+                    "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?", (key,)
+                ).fetchone()
+                connection.execute(INSERT, _row(key, seq, last))
+                connection.execute(
+                    "UPDATE runs SET state = ?, value = NULL, error = NULL, ended = NULL WHERE id = ?",
+                    (RunState.RUNNING.value, key),
                 )
+            connection.execute(
+                "UPDATE runs SET owner = NULL WHERE id = ? AND owner = ?", (key, self._owner)
             )
+
+        self._next_seq.pop(key, None)
+        try:
+            self._open().forget(key)
+            await self._open().call(release)
+        except JournalError:
+            if last is not None:
+                # Or a recovery that resumes would carry on what has been taken back.
+                self._owed.append(release)
+
+    def _settle(self, connection: sqlite3.Connection) -> None:
+        """Records what could not be recorded when runs were let go."""
+        while self._owed:
+            self._owed[0](connection)
+            del self._owed[0]
 
     async def _load(self, key: int) -> list[Event]:
         def load(connection: sqlite3.Connection) -> list[Any]:
@@ -340,8 +401,7 @@ class SQLiteJournal(Journal):
     def _append(self, key: int, event: Event) -> None:
         seq = self._next_seq.get(key, 0)
         self._next_seq[key] = seq + 1
-        path = ".".join(map(str, event.path))
-        self._open().append((key, seq, event.kind.value, path, event.name, event.data, event.at))
+        self._open().append(_row(key, seq, event))
 
     async def _flush(self) -> None:
         await self._open().flush()
@@ -371,9 +431,10 @@ class SQLiteJournal(Journal):
                 (RunState.RUNNING.value, self._owner, key, RunState.RUNNING.value),
             ).rowcount
             if not taken:
-                raise RunInProgress(
-                    "this run is under way, or forgotten: somebody else has taken it up, or pruned it"
-                )
+                row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (key,)).fetchone()
+                if row is None:
+                    raise RunGone("this run")
+                raise RunInProgress(f"run {row[0]!r} is under way: somebody else has taken it up")
             (last,) = connection.execute(
                 "SELECT coalesce(max(seq), -1) FROM events WHERE run = ?", (key,)
             ).fetchone()
@@ -463,9 +524,21 @@ class SQLiteJournal(Journal):
             ).fetchall():
                 if owner != self._owner and not _is_locked(self._lock_path(token)):
                     connection.execute("DELETE FROM owners WHERE id = ?", (owner,))
+            # And the files of those that were killed before they were recorded, or forgotten.
+            known = {token for (token,) in connection.execute("SELECT token FROM owners")}
+            prefix = self._lock_path("").name
+            with suppress(OSError):  # a directory that may not be listed is cleaned by somebody else
+                for path in self._path.parent.iterdir():
+                    if path.name.startswith(prefix) and path.name.removeprefix(prefix) not in known:
+                        _is_locked(path)
             return pruned
 
         return await self._open().call(prune)
+
+
+def _row(key: int, seq: int, event: Event) -> Row:
+    path = ".".join(map(str, event.path))
+    return (key, seq, event.kind.value, path, event.name, event.data, event.at)
 
 
 def _event(kind: str, path: str, name: str, data: bytes, at: float) -> Event:
@@ -486,30 +559,59 @@ def _make_file(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
-def _lock_connection(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    # No second file beside this one; nothing is ever written to it.
-    connection.execute("PRAGMA journal_mode = MEMORY")
+def _locked(path: Path) -> sqlite3.Connection:
+    """Locks an owner's file, for as long as the connection, or the process, lives.
+
+    Raises:
+        sqlite3.Error: Somebody else has the lock; or the file is not there, or cannot be opened.
+    """
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",  # which makes no file
+        uri=True,
+        timeout=0,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        # No second file beside this one; nothing is ever written to it.
+        connection.execute("PRAGMA journal_mode = MEMORY")
+        connection.execute("BEGIN EXCLUSIVE")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def _take_lock(path: Path) -> sqlite3.Connection:
-    """Makes an owner's file, and locks it for as long as the connection, or the process, lives."""
+def _take_lock(path: Path) -> sqlite3.Connection | None:
+    """Makes an owner's file, and locks it; gives None where somebody who cleans up came between.
+
+    To him, a file that is made and not yet locked is one of a process that was killed at that moment,
+    and he removes it with its lock in hand. So here either the lock is refused, or the file is gone
+    once it is locked.
+    """
     _make_file(path)
-    connection = _lock_connection(path)
-    connection.execute("BEGIN EXCLUSIVE")
-    return connection
+    try:
+        connection = _locked(path)
+    except sqlite3.OperationalError as error:
+        if path.exists() and error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            raise
+        return None
+    if path.exists():
+        return connection
+    connection.close()
+    return None
 
 
 def _is_locked(path: Path) -> bool:
     """Tells whether an owner lives; removes the file of one that does not."""
-    if not path.exists():
-        return False
-    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            return True
-        connection.execute("ROLLBACK")
-    path.unlink(missing_ok=True)
+    try:
+        if not path.exists():
+            return False
+        with closing(_locked(path)), suppress(PermissionError):  # Windows keeps what somebody has open
+            path.unlink(missing_ok=True)
+    except (OSError, sqlite3.Error):
+        # Somebody has the lock. Or the file cannot be opened: no file descriptors are left, it is
+        # another user's. Then nobody can tell, and to take the run of a process that lives is worse
+        # than to leave that of a dead one; and other runs have nothing to do with it.
+        return True
     return False

@@ -5,9 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+from ._errors import JournalError
 from ._events import Event, RunInfo, RunState
 
-__all__ = ["Claim", "Ending", "Storage", "Stored"]
+__all__ = ["Claim", "Ending", "RunGone", "Storage", "Stored"]
+
+
+class RunGone(JournalError):
+    """A run was in the journal, and is not any more: it had ended, and somebody has pruned it."""
+
+    def __init__(self, run: str) -> None:
+        """Says so; `run` names it."""
+        super().__init__(f"{run} is not in the journal any more: it had ended, and was pruned")
 
 
 class Ending(NamedTuple):
@@ -53,18 +62,44 @@ class Storage(ABC):
 
     @abstractmethod
     async def _claim(
-        self, run_id: str, saga: str, version: str | None, args: bytes, now: float
+        self,
+        run_id: str,
+        saga: str,
+        version: str | None,
+        args: bytes,
+        now: float,
+        *,
+        create: bool = False,
     ) -> Claim:
         """Takes a run into hand: a new one, or one whose process died; or finds it ended.
+
+        Args:
+            run_id: The name of the run.
+            saga: The name of its saga.
+            version: The version of that.
+            args: What it is called with.
+            now: The time.
+            create: Whether it is made if it is not there. Who has seen it there makes no other: it
+                has ended meanwhile, and was pruned.
 
         Raises:
             RunInProgress: A process that lives has it.
             OtherRun: It is of another saga, or has other arguments.
+            RunGone: It is not there, and is not to be made.
         """
 
     @abstractmethod
-    async def _release(self, key: int) -> None:
-        """Lets a run go that has not ended, so that somebody can recover it."""
+    async def _release(self, key: int, last: Event | None = None) -> None:
+        """Lets a run go that has not ended, so that somebody can recover it.
+
+        Args:
+            key: The run.
+            last: Put behind what is on disk of it, whatever else was lost; then it has not ended,
+                even if its end was written and that was not noticed.
+        """
+
+    def _let_go(self) -> None:  # noqa: B027 - most storages have nothing to do
+        """Called when the last run that this process had in hand has ended."""
 
     @abstractmethod
     async def _load(self, key: int) -> list[Event]:
@@ -95,7 +130,12 @@ class Storage(ABC):
 
     @abstractmethod
     async def _reopen(self, key: int) -> None:
-        """Takes into hand a run that had ended."""
+        """Takes into hand a run that had ended.
+
+        Raises:
+            RunInProgress: Somebody else has done so.
+            RunGone: It is not there any more.
+        """
 
     @abstractmethod
     async def _unfinished(self) -> list[Stored]:

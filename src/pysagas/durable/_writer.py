@@ -88,6 +88,7 @@ class Writer:
             if hasattr(native, "call_soon_threadsafe")
             else native.run_sync_soon
         )
+        self._loop: object = native
 
     async def start(self) -> None:
         """Starts the thread, which opens the database.
@@ -149,8 +150,15 @@ class Writer:
 
         Raises:
             BaseException: What it raised.
-            JournalError: The batch could not be written.
+            JournalError: The batch could not be written; or this is another event loop than that of
+                the writer.
         """
+        if current_token().native_token is not self._loop:
+            # Nobody would be woken here. All that is done with a run begins with such a call.
+            raise JournalError(
+                f"{self._place} was opened in another event loop than this one; open it, with "
+                "`async with`, in the event loop that uses it"
+            )
         job = _Job(work)
         with self._wanted:
             self._check_open()
