@@ -25,8 +25,10 @@ from pysagas import (
     SagaError,
     SagaScope,
     SagaState,
+    ScopeBusy,
     Step,
     StepState,
+    current_effect,
     outcome_of,
     saga,
 )
@@ -614,6 +616,87 @@ async def test_d8_a_result_that_the_journal_does_not_take_stops_the_run(disk, sh
     assert set() == shop.there
 
 
+@pytest.mark.parametrize("committed", [True, False])
+async def test_d8_what_a_recovery_would_carry_on_is_not_taken_back(committed, disk, shop):
+    """Past its commit, or begun to be resumed, a run whose journal fails is left for recovery as it is (D8)."""
+    parts = [shop.step("a"), *([Commit()] if committed else []), shop.step("b"), shop.step("c")]
+    whole = Saga(parts, name="s")
+    async with disk.process() as journal:
+        append = journal._append
+
+        def full(key: int, event: Any) -> None:
+            if (event.kind, event.name) == (EventKind.STARTED, "c"):
+                raise JournalError("full")
+            append(key, event)
+
+        journal._append = full
+        with pytest.raises(JournalError, match="full"):
+            await journal.run(whole, run_id="r", on_crash="rollback" if committed else "resume")
+        assert {"a", "b"} == shop.there
+    async with disk.process() as journal:
+        assert (await journal.recover([whole], on_crash="resume")).ok
+
+    assert ["a", "b", "c"] == shop.log
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_d8_a_rollback_of_what_would_be_carried_on_stops_where_it_is_not_recorded(
+    committed, disk, shop
+):
+    """Of such a run nothing is taken back that recovery would not know of (D8)."""
+    parts = [shop.step("a"), *([Commit()] if committed else []), shop.step("b")]
+    whole = Saga([*parts, shop.step("c", fails=Boom("c"))], name="s")
+    async with disk.process() as journal:
+        append = journal._append
+
+        def full(key: int, event: Any) -> None:
+            if (event.kind, event.name) == (EventKind.COMPENSATING, "b"):
+                raise JournalError("full")
+            append(key, event)
+
+        journal._append = full
+        with pytest.raises(JournalError, match="full"):
+            await journal.run(whole, run_id="r", on_crash="rollback" if committed else "resume")
+        assert ["a", "b", "c", "-c"] == shop.log
+    async with disk.process() as journal:
+        await journal.recover([whole], on_crash="resume")
+
+    assert ["a", "b", "c", "-c", "-b", *([] if committed else ["-a"])] == shop.log
+
+
+async def test_d6_a_run_that_is_taken_back_later_is_in_hand(disk, shop):
+    """While an outcome takes its run back, nobody else does, in this process either (D6)."""
+    told: list[Any] = []
+
+    async def ask() -> None:
+        told.append((await journal.recover([whole])).in_progress)
+        with pytest.raises(RunInProgress):
+            await journal.run(whole, run_id="r")
+        with pytest.raises(ScopeBusy):
+            await outcome.rollback()
+
+    whole = Saga([Step(lambda: None, ask, name="a"), shop.step("b")], name="s")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, run_id="r")
+        later = await outcome.rollback()
+        assert SagaState.COMPENSATED is later.state
+        assert SagaState.COMPENSATED is (await outcome.rollback()).state
+
+    assert [("r",)] == told
+    assert ["b", "-b"] == shop.log
+
+
+async def test_d8_an_outcome_takes_back_no_run_that_was_pruned(journal, shop):
+    """Once its run is forgotten, an outcome can take nothing back: it says so, and does nothing (D8)."""
+    whole = Saga([shop.step("a")], name="s")
+    outcome = await journal.run(whole, run_id="r")
+    await journal.prune(before=time.time() + 1)
+    with pytest.raises(JournalError, match="pruned"):
+        await outcome.rollback()
+
+    assert ["a"] == shop.log
+
+
 async def test_d8_a_later_rollback_that_the_journal_does_not_take_is_recovered(disk, shop):
     """A journal that fails while a completed run is taken back stops nothing; the rest is recovered (D8)."""
     whole = Saga([shop.step("a"), shop.step("b")], name="s")
@@ -828,6 +911,62 @@ async def test_retry_of_nested_rollbacks(broken, disk, shop):
     assert {1} == {
         shop.log.count(f"-{name}") for name in ("first", "x", "y", "before", "nested", "last")
     }
+
+
+async def test_retry_past_a_commit_acts_under_other_keys(disk, shop):
+    """What was taken back past the commit is done anew, under keys of its own (D8)."""
+    keys: list[str] = []
+    failing = ["c"]
+
+    async def act() -> None:
+        effect = current_effect()
+        assert effect is not None
+        keys.append(effect.key)
+
+    async def back() -> None:
+        effect = current_effect()
+        assert effect is not None
+        keys.append(f"-{effect.action_key}")
+
+    async def fail() -> None:
+        if failing:
+            raise Boom
+
+    whole = Saga([shop.step("a"), Commit(), Step(act, back, name="b"), Step(fail, name="c")], name="s")
+    async with disk.process() as journal:
+        with pytest.raises(Boom):
+            await journal.run(whole, run_id="r")
+    async with disk.process() as journal:
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+        failing.clear()
+        outcome = await journal.retry(whole, "r")
+
+    assert SagaState.COMPLETED is outcome.state
+    assert ["r/2/action", "-r/2/action", "r~1/2/action", "-r~1/2/action", "r~2/2/action"] == keys
+    assert {"a": 1} == shop.begun
+
+
+async def test_retry_past_a_commit_first_takes_back_what_could_not_be(disk, shop):
+    """A compensation that had failed past the commit is not forgotten: it comes before anything else (D8)."""
+    failing = ["b"]
+    parts = [
+        shop.step("b", back_fails=lambda: "b" in failing),
+        shop.step("c", fails=Boom("c")),
+    ]
+    whole = Saga([shop.step("a"), Commit(), *parts], name="s")
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        with pytest.raises(CompensationFailed):
+            await journal.retry(whole, "r")
+        assert ["a", "b", "c", "-c"] == shop.log
+        failing.clear()
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+        assert [RunState.FAILED] == [info.state for info in await journal.runs()]
+
+    assert ["a", "b", "c", "-c", "-b", "b", "c", "-c", "-b"] == shop.log
 
 
 async def test_retry_that_is_killed_is_recovered(disk, shop):

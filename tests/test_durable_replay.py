@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from pysagas.durable import (
     Event,
     EventKind,
     Interrupted,
+    NotRecordable,
     RecoveryReport,
     RunInterrupted,
     RunState,
@@ -202,7 +204,43 @@ def with_time_limit(shop: Shop) -> Saga[..., Any]:
     return whole
 
 
+def member_that_takes_itself_back(shop: Shop) -> Saga[..., Any]:
+    """While one member takes itself back another ends well, and the third must not take its place."""
+
+    @saga
+    async def failing(scope: SagaScope) -> None:
+        await scope.step(shop.step("b", fails=Boom("b")))
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        members = [shop.step("a", (9, 0)).bind(), failing.bind(), shop.step("never").bind()]
+        try:
+            await scope.parallel(*members, limit=2, on_failure="finish")
+        except ExceptionGroup:
+            await scope.step(shop.step("c"))
+
+    return whole
+
+
+def caught_group(shop: Shop) -> Saga[..., Any]:
+    """A member fails, the others are cancelled, and the function goes on."""
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        async with scope.nested() as nested:
+            await nested.step(shop.step("a"))
+            late = [shop.step(name, (9, 9)) for name in "bc"]
+            fails = shop.step("d", fails=Boom("d"))
+            with suppress(ExceptionGroup):
+                await nested.parallel(late[0].bind(), fails.bind(), late[1].bind())
+        await scope.step(shop.step("e"))
+
+    return whole
+
+
 SHAPES: list[Build] = [
+    member_that_takes_itself_back,
+    caught_group,
     sequence,
     failing_sequence,
     inner_sagas,
@@ -1243,6 +1281,131 @@ async def test_d3_a_native_cancellation_of_a_member_that_waits_for_its_turn_is_n
     assert (RunState.COMPENSATED, set(), begun) == (await state_of(shop), shop.there, shop.begun)
 
 
+# --- answered by somebody else, and not recordable ------------------------------------------------
+
+
+async def fallback(attempt: Callable[[], Any]) -> object:
+    try:
+        return await attempt()
+    except Boom:
+        return 7
+
+
+async def fallback_around(effect: Any, call_next: Any) -> object:
+    return await fallback(call_next) if effect.kind == "action" else await call_next()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("moment", ["c", "d"])
+@pytest.mark.parametrize("by", ["retry", "middleware"])
+async def test_d3_a_step_for_which_somebody_answered_is_what_it_was(by, moment):
+    """A failure that a retry or a middleware answers for leaves its step as it was, in a replay too (D3)."""
+    shop = Shop()
+    answers = []
+
+    @saga(name="s", middleware=[fallback_around] if by == "middleware" else ())
+    async def whole(scope: SagaScope) -> None:
+        retry = fallback if by == "retry" else None
+        await scope.step(shop.step("a"))
+        for name, options in (("declined", {"not_applied": Boom}), ("in doubt", {})):
+            step = shop.step(name, fails=Boom(name), retry=retry, **options)
+            answers.append(await scope.step(step))
+        await scope.step(shop.step("c", back_fails=lambda: shop.moments.pop("back", bool)() or False))
+        await scope.step(shop.step("d", fails=Boom("d")))
+
+    await killed_at(shop, whole, moment)
+    await shop.journal.recover([whole])
+
+    assert {7} == set(answers)
+    assert RunState.COMPENSATED is await state_of(shop)
+    # What was declined had done something all the same: that is what it is told not to be asked.
+    assert {"declined"} == shop.there
+    assert [] == problems_of(shop, shop.journal.events())
+
+
+@pytest.mark.anyio
+async def test_d3_an_undo_gets_what_the_action_returned_whatever_its_caller_was_given():
+    """A middleware that changes results changes none for an undo, in a replay as in life (D3)."""
+    shop = Shop()
+
+    async def changes(effect: Any, call_next: Any) -> object:
+        result = await call_next()
+        return f"changed {result}" if effect.kind == "action" else result
+
+    parts = [shop.step("a", undo=True), shop.step("b")]
+    whole = Saga(parts, name="s", middleware=[changes])
+    await killed_at(shop, whole, "b")
+    await shop.journal.recover([whole])
+
+    assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
+
+
+class Opaque:
+    """What cannot be recorded."""
+
+
+def opaque_result(shop: Shop, *, both: bool, back_fails: Callable[[], bool] = bool) -> Saga[..., Any]:
+    """A step that returns what cannot be recorded, and one before it."""
+
+    async def act() -> Opaque:
+        shop.begin("b")
+        shop.put("b")
+        return Opaque()
+
+    async def undo(result: Opaque) -> None:
+        assert type(result) is Opaque
+        shop.take("b")
+
+    async def back() -> None:
+        shop.take("b")
+
+    opaque = Step(act, back if both else None, undo=undo, name="b")
+    return Saga([shop.step("a", back_fails=back_fails), opaque], name="s")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("both", [False, True])
+async def test_d5_what_is_not_recordable_is_taken_back_once(both):
+    """Killed after its undo, or tried again, a step whose result is not recorded is not met again (D5)."""
+    shop = Shop()
+    whole = opaque_result(shop, both=both)
+    shop.journal.dies_at = 10  # before what comes after is taken back
+    await first_life(shop, whole)
+    assert ["a", "b", "-b"] == shop.log
+    shop.journal = shop.journal.next_process()
+    (recovered,) = (await shop.journal.recover([whole])).recovered
+
+    assert NotRecordable is type(recovered.error)
+    assert ["a", "b", "-b", "-a"] == shop.log
+
+
+@pytest.mark.anyio
+async def test_d5_what_is_not_recordable_is_not_taken_back_again_by_a_retry():
+    """A run that failed beside such a step is tried again without it (D5, D8)."""
+    shop, broken = Shop(), [True]
+    whole = opaque_result(shop, both=False, back_fails=lambda: bool(broken))
+    await first_life(shop, whole)
+    broken.clear()
+    with pytest.raises(NotRecordable):
+        await shop.journal.retry(whole, "r")
+
+    assert (RunState.COMPENSATED, ["a", "b", "-b", "-a"]) == (await state_of(shop), shop.log)
+
+
+@pytest.mark.anyio
+async def test_d5_an_undo_in_doubt_of_what_was_not_recordable_is_left_to_people():
+    """Killed within its undo, nobody has the result any more: the run is FAILED, and says so (D5)."""
+    shop = Shop()
+    whole = opaque_result(shop, both=False)
+    shop.journal.dies_at = 9  # before its undo is recorded
+    await first_life(shop, whole)
+    shop.journal = shop.journal.next_process()
+    (failed,) = (await shop.journal.recover([whole])).failed
+
+    assert "take it back by hand" in str(failed.error)
+    assert RunState.FAILED is await state_of(shop)
+
+
 # --- the order of replay ------------------------------------------------------------------------------
 
 
@@ -1290,6 +1453,43 @@ async def test_d3_current_effect_is_there_in_a_recovery_too():
     await shop.journal.recover([whole])
 
     assert [("r/0/compensation", "r/0/action")] == keys
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d3_a_native_cancellation_in_the_replay_of_a_group_is_not_lost():
+    """Whenever a recovery is cancelled, it ends cancelled, and the run can be recovered after (D3)."""
+    turns = 0
+    while await cancelled_after(turns):
+        turns += 1
+
+    assert turns > 9
+
+
+async def cancelled_after(turns: int) -> bool:
+    """Cancels a recovery when the loop has gone round so often; tells whether it was still going on."""
+    shop = Shop()
+
+    @saga
+    async def branch(scope: SagaScope) -> None:
+        await scope.step(shop.step("b"))
+        await checkpoint()
+        await scope.step(shop.step("c"))
+
+    parts = [Parallel(branch, shop.step("d")), shop.step("e"), shop.step("f")]
+    whole = Saga(parts, name="s")
+    await killed_at(shop, whole, "f")
+    task = asyncio.ensure_future(shop.journal.recover([whole]))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    going_on = not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled() is going_on
+    shop.journal = shop.journal.next_process()
+    await shop.journal.recover([whole])
+    assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
+    return going_on
 
 
 # --- another saga (D4) --------------------------------------------------------------------------------
@@ -1389,6 +1589,43 @@ async def test_d4_more_members_are_more_work():
 
     assert SagaChanged is type(report.left[0].error)
     assert {"a", "b"} == shop.there
+
+
+@pytest.mark.anyio
+async def test_d4_a_change_is_no_failure_that_was_expected():
+    """`SagaChanged` is raised whatever failures of the saga are expected, and the run is as it was (D4)."""
+    shop = Shop()
+    enabled = True
+
+    @saga(name="s", exceptions=Exception)
+    async def whole(scope: SagaScope) -> None:
+        if enabled:
+            await scope.step(shop.step("a"))
+            await scope.step(shop.step("b"))
+
+    await killed_at(shop, whole, "b")
+    enabled = False
+    (left,) = (await shop.journal.recover([whole])).left
+
+    assert SagaChanged is type(left.error)
+    assert (RunState.RUNNING, {"a"}) == (await state_of(shop), shop.there)
+
+
+@pytest.mark.anyio
+async def test_d4_a_failed_run_whose_saga_has_changed_stays_failed():
+    """A retry with another saga touches nothing, and the run can be tried again with the right one (D4)."""
+    shop, broken = Shop(), [True]
+    parts = [shop.step("a", back_fails=lambda: bool(broken)), shop.step("b", fails=Boom("b"))]
+    whole = Saga(parts, name="s")
+    await first_life(shop, whole)
+    with pytest.raises(SagaChanged):
+        await shop.journal.retry(Saga([shop.step("z")], name="s"), "r")
+    assert (RunState.FAILED, {"a"}) == (await state_of(shop), shop.there)
+    broken.clear()
+    with pytest.raises(Boom):
+        await shop.journal.retry(whole, "r")
+
+    assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
 
 
 def losing(*lost: str, group: bool) -> Build:

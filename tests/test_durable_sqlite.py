@@ -867,6 +867,27 @@ async def test_d8_a_file_that_cannot_be_switched_is_not_opened(path, tries, code
     assert (tries, owner_files(path)) == ([code], [])
 
 
+@pytest.mark.parametrize("closed", [True, False])
+async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path):
+    """That a run was taken back is recorded as soon as that is possible: no recovery resumes it (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r")
+            somebody.execute("ROLLBACK")
+            if not closed:
+                assert (await journal.recover([whole], on_crash="resume")).ok
+        async with SQLiteJournal(path) as journal:
+            assert (await journal.recover([whole], on_crash="resume")).ok
+            (info,) = await journal.runs()
+
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+    assert shop.begun == {"a": 1, "b": 1}
+
+
 async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):
     """The file cannot be written any more: the run is taken back, and recovered when it can (D8)."""
     shop = Shop()

@@ -176,6 +176,8 @@ class RunMiddleware:
         if last is not None and len(events) > 1 and events[-2].kind is EventKind.DONE:
             result = self._recall(effect, step, events[-2])
             await self.replay.go_forward(effect)
+            # This time nothing cuts it off, and what comes after it is recorded.
+            self._append(EventKind.DONE, effect, events[-2].data)
             return result
         try:
             await self.replay.go_forward(effect)
