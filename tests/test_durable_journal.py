@@ -32,6 +32,7 @@ from pysagas import (
     outcome_of,
     saga,
 )
+from pysagas._cli._steps import step_lines
 from pysagas.durable import (
     EventKind,
     JournalError,
@@ -49,6 +50,8 @@ from pysagas.durable import (
 from pysagas.durable._codec import encode_error
 from pysagas.durable._journal import _is_for_all
 from pysagas.durable._storage import Ending
+
+ENOUGH = 30  # seconds, within which what hangs is found to hang
 
 pytestmark = pytest.mark.anyio
 
@@ -139,6 +142,25 @@ async def test_d1_a_second_call_gives_the_recorded_outcome(journal, shop):
     )
     assert first.steps == second.steps
     assert {"a": 1} == shop.begun
+
+
+async def test_d1_a_step_for_which_somebody_answered_is_recalled_as_it_was(journal, shop):
+    """A failure that a retry answered for is in the recorded outcome what it was in the first (D1)."""
+
+    async def fallback(attempt: Any) -> int:
+        with pytest.raises(Boom):
+            await attempt()
+        return 7
+
+    step = shop.step("a", fails=Boom("a"), retry=fallback, not_applied=Boom)
+    whole = Saga([Parallel(step, shop.step("b"))], name="s")
+    first = await journal.run(whole, run_id="r")
+    second = await journal.run(whole, run_id="r")
+    lines = step_lines(await journal.history("r"), running=False)
+
+    assert [StepState.NOT_APPLIED, StepState.COMPLETED] == [step.state for step in second.steps]
+    assert [step.state for step in first.steps] == [step.state for step in second.steps]
+    assert {("a", "not applied"), ("b", "completed")} == {(line.name, line.state) for line in lines}
 
 
 async def test_d1_a_recorded_outcome_takes_the_run_back_as_the_first_does(disk, shop):
@@ -967,6 +989,41 @@ async def test_retry_past_a_commit_first_takes_back_what_could_not_be(disk, shop
         assert [RunState.FAILED] == [info.state for info in await journal.runs()]
 
     assert ["a", "b", "c", "-c", "-b", "b", "c", "-c", "-b"] == shop.log
+
+
+async def test_retry_of_a_member_that_failed_while_another_went_on(disk, shop):
+    """What failed in a member is tried again, in its order, though its sibling went forward after that (D8)."""
+    failing = ["stuck", "inner"]
+
+    def step(name: str, **options: Any) -> Step[..., str]:
+        return shop.step(name, back_fails=lambda: name in failing, **options)
+
+    @saga
+    async def branch(scope: SagaScope) -> None:
+        async with scope.nested() as outer:
+            await outer.step(step("first"))
+            await outer.step(step("stuck"))
+            async with outer.nested() as nested:
+                await nested.step(step("inner"))
+                await nested.step(step("last", fails=Boom("last")))
+
+    slow = Saga([step("slow", pace=(99, 0)), step("slower", pace=(9, 0))])
+    whole = Saga([Parallel(branch, slow, on_failure="finish")], name="s")
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        assert {"stuck", "inner"} == shop.there
+    before = len(shop.log)
+    async with disk.process() as journal:
+        with fail_after(ENOUGH), pytest.raises(CompensationFailed):
+            await journal.retry(whole, "r")
+        failing.clear()
+        with fail_after(ENOUGH), pytest.raises(ExceptionGroup):
+            await journal.retry(whole, "r")
+        assert RunState.COMPENSATED is (await journal.runs())[0].state
+
+    assert ["-inner", "-stuck"] == shop.log[before:]
+    assert {1} == set(shop.begun.values())
 
 
 async def test_retry_that_is_killed_is_recovered(disk, shop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mortal import Boom, Killed, MortalJournal, Shop, problems_of
 from pysagas import (
     Commit,
     CompensationFailed,
+    Effect,
     Outcome,
     Parallel,
     Saga,
@@ -38,16 +40,20 @@ from pysagas.durable import (
     EventKind,
     Interrupted,
     NotRecordable,
+    RecordedError,
     RecoveryReport,
     RunInterrupted,
     RunState,
     SagaChanged,
 )
+from pysagas.durable._codec import JSONCodec
+from pysagas.durable._middleware import RunMiddleware
+from pysagas.durable._replay import Replay
 
 DEEP = os.environ.get("PYSAGAS_PROFILE") == "deep"
 # Of two deaths in a row, of which we take each how many-th first and second; in a deep test, all.
 EVERY = 1 if DEEP else 5
-ENOUGH = 5  # seconds, within which what hangs is found to hang
+ENOUGH = 30  # seconds, within which what hangs is found to hang
 
 Build = Callable[[Shop], Saga[..., Any]]
 
@@ -280,13 +286,9 @@ async def first_life(shop: Shop, whole: Saga[..., Any]) -> None:
         pass  # where it died, what comes out is of no interest; and a failure past the commit is raised
 
 
-async def recover(shop: Shop, whole: Saga[..., Any], on_crash: Any) -> RecoveryReport | None:
-    """A process that recovers; None where it died of that."""
-    try:
-        return await shop.journal.recover([whole], on_crash=on_crash)
-    except BaseException:
-        assert shop.journal.dead
-        return None
+async def recover(shop: Shop, whole: Saga[..., Any], on_crash: Any) -> RecoveryReport:
+    """A process that recovers; where it dies of that, its report is of no interest."""
+    return await shop.journal.recover([whole], on_crash=on_crash)
 
 
 async def lived(build: Build, deaths: tuple[Death, ...], on_crash: Any, prepare: Any) -> Shop:
@@ -305,7 +307,6 @@ async def lived(build: Build, deaths: tuple[Death, ...], on_crash: Any, prepare:
         last = shop.journal
         shop.journal = last.next_process()
         report = await recover(shop, whole, on_crash)
-    assert report is not None
     assert (report.left, report.in_progress) == ((), ())
     shop.journal.at_stake = last.at_stake
     shop.journal.dead = last.dead
@@ -1364,19 +1365,27 @@ def opaque_result(shop: Shop, *, both: bool, back_fails: Callable[[], bool] = bo
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("both", [False, True])
-async def test_d5_what_is_not_recordable_is_taken_back_once(both):
-    """Killed after its undo, or tried again, a step whose result is not recorded is not met again (D5)."""
+@pytest.mark.parametrize(
+    ("both", "dies_at", "log"),
+    [
+        (False, 10, ["a", "b", "-b", "-a"]),
+        (True, 10, ["a", "b", "-b", "-a"]),
+        # Before that was recorded: with a compensation it can be asked again.
+        (True, 9, ["a", "b", "-b", "-b", "-a"]),
+    ],
+)
+async def test_d5_what_is_not_recordable_is_taken_back_once(both, dies_at, log):
+    """Killed after its undo, a step whose result is not recorded is not met again (D5)."""
     shop = Shop()
     whole = opaque_result(shop, both=both)
-    shop.journal.dies_at = 10  # before what comes after is taken back
+    shop.journal.dies_at = dies_at
     await first_life(shop, whole)
     assert ["a", "b", "-b"] == shop.log
     shop.journal = shop.journal.next_process()
     (recovered,) = (await shop.journal.recover([whole])).recovered
 
     assert NotRecordable is type(recovered.error)
-    assert ["a", "b", "-b", "-a"] == shop.log
+    assert log == shop.log
 
 
 @pytest.mark.anyio
@@ -1490,6 +1499,100 @@ async def cancelled_after(turns: int) -> bool:
     await shop.journal.recover([whole])
     assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
     return going_on
+
+
+def replay_of(*events: Event) -> Replay:
+    replay = Replay("s", [*events], bool, recovering=True, resume=False)
+    replay.open_group((0,))
+    replay.start()
+    return replay
+
+
+def effect_at(kind: Any, *path: int) -> Effect:
+    return Effect(kind, "s", "r", "x", path)
+
+
+@pytest.mark.anyio
+async def test_d3_a_compensation_that_was_passed_over_is_not_tried_in_its_place():
+    """What a failed compensation kept from being tried is not tried in a replay, where another might be (D3)."""
+    replay = replay_of(Event(EventKind.LEFT, (0, 0), "member"))
+    with pytest.raises(RecordedError, match="it was not tried, since another compensation had failed"):
+        await replay.park(effect_at("compensation", 0, 0, 1), forward=False)
+
+
+@pytest.mark.anyio
+async def test_d3_a_member_that_was_cut_off_is_interrupted_when_nobody_else_comes():
+    """As long as a sibling goes on, it may be that which cut the member off, and does so again (D3)."""
+    replay = replay_of(Event(EventKind.LEFT, (0, 0), "member"))
+    ended: list[BaseException] = []
+
+    async def parked() -> None:
+        with replay.branch((0, 0)):
+            try:
+                await replay.park(effect_at("action", 0, 0, 0), forward=True)
+            except Interrupted as error:
+                ended.append(error)
+
+    with fail_after(ENOUGH):
+        async with create_task_group() as tasks:
+            with replay.branch((0, 1)):
+                tasks.start_soon(parked)
+                for _ in range(200):
+                    await checkpoint()
+                assert [] == ended
+
+    assert 1 == len(ended)
+
+
+@pytest.mark.anyio
+async def test_d4_a_run_that_is_given_up_lets_nothing_go_on():
+    """Who was waiting is told why the run is given up, and so is whoever ends after that (D4)."""
+    replay = replay_of(Event(EventKind.STARTED, (0, 0), "a"), Event(EventKind.STARTED, (0, 1), "b"))
+    reason = SagaChanged("another one")
+    told: list[BaseException] = []
+
+    async def parked() -> None:
+        with replay.branch((0, 1)):
+            try:
+                await replay.park(effect_at("action", 0, 1), forward=True)
+            except SagaChanged as error:
+                told.append(error)
+
+    with fail_after(ENOUGH):
+        async with create_task_group() as tasks:
+            with replay.branch((0, 0)):
+                tasks.start_soon(parked)
+                while not replay._parked:
+                    await checkpoint()
+                with pytest.raises(SagaChanged):
+                    replay.abandon(reason)
+    with pytest.raises(SagaChanged):
+        replay.check_over(effect_at("group", 0))
+
+    assert [reason] == told
+
+
+@types.coroutine
+def suspended():
+    yield
+
+
+def test_d3_a_member_whose_task_is_thrown_away_waits_for_nothing():
+    """A coroutine that is closed may not wait: its member leaves no mark (D3)."""
+    appended: list[Event] = []
+
+    class Sink:
+        append = appended.append
+
+    middleware = RunMiddleware(
+        Sink(), JSONCodec(), Saga([], name="s"), [], recovering=False, resume=False
+    )
+    middleware.replay.open_group((0,))
+    coroutine = middleware(effect_at("saga", 0, 0), suspended)
+    coroutine.send(None)
+    coroutine.close()
+
+    assert [] == appended
 
 
 # --- another saga (D4) --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from pysagas.durable import (
 
 pytestmark = pytest.mark.anyio
 
-ENOUGH = 5  # seconds, within which what hangs is found to hang
+ENOUGH = 30  # seconds, within which what hangs is found to hang
 LATER = 1e12  # seconds since the epoch
 MANY = "x" * 100_000  # more than a page of the file
 
@@ -886,6 +886,22 @@ async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path)
 
     assert (info.state, shop.there) == (RunState.COMPENSATED, set())
     assert shop.begun == {"a": 1, "b": 1}
+
+
+async def test_d8_a_locked_file_leaves_a_run_past_its_commit_to_recovery(path):
+    """Past its commit nothing is taken back; that the run is let go need not be recorded (D8)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), Commit(), shop.step("b"), shop.step("c")], name="s")
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r")
+            assert shop.there == {"a", "b"}
+        somebody.execute("ROLLBACK")
+    info = await recovered_by_another(path, whole)
+
+    assert (info.state, shop.there) == (RunState.COMPLETED, {"a", "b", "c"})
 
 
 async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):

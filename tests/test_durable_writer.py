@@ -19,7 +19,7 @@ from pysagas.durable._writer import Writer
 
 pytestmark = pytest.mark.anyio
 
-ENOUGH = 5  # seconds, within which what hangs is found to hang
+ENOUGH = 30  # seconds, within which what hangs is found to hang
 TABLE = """CREATE TABLE IF NOT EXISTS events
     (run, seq, kind, path, name, data, at, PRIMARY KEY (run, seq))"""
 

@@ -231,3 +231,23 @@ def test_a_live_scope_is_at_each_moment_what_the_model_says(backend: Any) -> Non
     driven = type("Driven", (Machine,), {"backend": backend})
     settled = settings(PROFILE, max_examples=PROFILE.max_examples // 4 or 1, stateful_step_count=20)
     run_state_machine_as_test(driven, settings=settled)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_function_goes_on_after_a_call_that_was_cut_off(backend: Any) -> None:
+    """G2, G8: a call that is cancelled by a scope of its own, or fails, is taken back; the next one is made."""
+    machine = type("Driven", (Machine,), {"backend": backend})()
+    machine.start(False, (), False)
+    step = Step("a", pace=(1, 0, 0), back_pace=(1, 0), catch=True)
+    for phase, kind, at in (
+        ("action", "scope", 0),
+        ("action", "hang", "before"),
+        ("back", "scope", 0),
+    ):
+        plan = (Fault("a", phase, kind, at),)
+        trial = Trial(Seq((step,)), plan, True, (), False, later=False)
+        machine.call(trial, called_off=True)
+    states = {report.state.name for report in machine.world.scopes[0]._sequence.root.reports()}
+    machine.teardown()
+
+    assert {"COMPENSATED", "COMPLETED"} == states
