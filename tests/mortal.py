@@ -9,7 +9,7 @@ from typing import Any
 from anyio.lowlevel import checkpoint
 
 from pysagas import Step, current_effect
-from pysagas.durable import Event, EventKind, MemoryJournal
+from pysagas.durable import Event, EventKind, MemoryJournal, RunState
 
 
 class Killed(BaseException):
@@ -74,9 +74,9 @@ class MortalJournal(MemoryJournal):
         self._pass()
         await super()._end(key, ending)
 
-    async def _reopen(self, key: int) -> None:
+    async def _reopen(self, key: int, was: RunState) -> None:
         self._pass()
-        await super()._reopen(key)
+        await super()._reopen(key, was)
 
     async def _release(self, key: int, last: Event | None = None) -> None:
         if not self.dead:

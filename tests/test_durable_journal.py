@@ -152,15 +152,26 @@ async def test_d1_a_step_for_which_somebody_answered_is_recalled_as_it_was(journ
             await attempt()
         return 7
 
+    async def stub(effect: Any, call_next: Any) -> object:
+        if effect.name == "stub":
+            return "stub"
+        result = await call_next()
+        return f"changed {result}" if effect.name == "c" else result
+
     step = shop.step("a", fails=Boom("a"), retry=fallback, not_applied=Boom)
-    whole = Saga([Parallel(step, shop.step("b"))], name="s")
+    parts = [Parallel(step, shop.step("b")), shop.step("c"), shop.step("stub")]
+    whole = Saga(parts, name="s", middleware=[stub])
     first = await journal.run(whole, run_id="r")
     second = await journal.run(whole, run_id="r")
     lines = step_lines(await journal.history("r"), running=False)
 
-    assert [StepState.NOT_APPLIED, StepState.COMPLETED] == [step.state for step in second.steps]
-    assert [step.state for step in first.steps] == [step.state for step in second.steps]
-    assert {("a", "not applied"), ("b", "completed")} == {(line.name, line.state) for line in lines}
+    assert [StepState.NOT_APPLIED, *3 * [StepState.COMPLETED]] == [step.state for step in second.steps]
+    assert [(step.state, step.result) for step in first.steps] == [
+        (step.state, step.result) for step in second.steps
+    ]
+    assert {("a", "not applied"), ("b", "completed"), ("c", "completed")} <= {
+        (line.name, line.state) for line in lines
+    }
 
 
 async def test_d1_a_recorded_outcome_takes_the_run_back_as_the_first_does(disk, shop):
@@ -177,6 +188,59 @@ async def test_d1_a_recorded_outcome_takes_the_run_back_as_the_first_does(disk, 
     assert SagaState.COMPENSATED is taken_back.state is again.state
     assert [StepState.COMPENSATED] == [step.state for step in taken_back.steps]
     assert None is taken_back.error is again.error
+
+
+async def test_d1_two_outcomes_of_one_run_take_it_back_once(disk, shop):
+    """Whichever outcome of a run takes it back, the others say what came of it, and do nothing (D1)."""
+    whole = number_saga(shop)
+    async with disk.process() as journal:
+        live = await journal.run(whole, 21, run_id="r")
+        recalled = [await journal.run(whole, 21, run_id="r") for _ in range(2)]
+        outcomes = [await one.rollback() for one in (recalled[0], live, recalled[0], recalled[1])]
+
+    assert ["a", "-a"] == shop.log
+    assert {SagaState.COMPENSATED} == {outcome.state for outcome in outcomes}
+    assert {StepState.COMPENSATED} == {step.state for one in outcomes for step in one.steps}
+
+
+async def test_d1_an_outcome_does_not_take_back_what_has_ended_otherwise(journal, shop):
+    """A run that was taken back, and could not be, is tried again by retry, and by no outcome (D1, D8)."""
+    failing = ["a"]
+    whole = Saga([shop.step("a", back_fails=lambda: bool(failing))], name="s")
+    live = await journal.run(whole, run_id="r")
+    recalled = await journal.run(whole, run_id="r")
+    with pytest.raises(CompensationFailed):
+        await live.rollback()
+    with pytest.raises(JournalError, match="run 'r' is failed, and not completed any more"):
+        await recalled.rollback()
+
+    assert ["a"] == shop.log
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("is_recalled", [False, True])
+async def test_d8_a_later_rollback_that_is_cancelled_as_it_begins_is_carried_out(
+    is_recalled, journal, shop
+):
+    """``task.cancel()`` while the run is opened again comes after its rollback, which is whole (D8, G9)."""
+    whole = number_saga(shop)
+    outcome = await journal.run(whole, 21, run_id="r")
+    if is_recalled:
+        outcome = await journal.run(whole, 21, run_id="r")
+    reopen = journal._reopen
+
+    async def cancelled(*args: Any) -> None:
+        task.cancel()
+        await checkpoint()
+        await reopen(*args)
+
+    journal._reopen = cancelled
+    task = asyncio.ensure_future(outcome.rollback())
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert ["a", "-a"] == shop.log
+    assert [RunState.COMPENSATED] == [info.state for info in await journal.runs()]
 
 
 async def test_d1_a_recorded_outcome_that_has_passed_its_commit_stays(disk, shop):
@@ -969,6 +1033,51 @@ async def test_retry_past_a_commit_acts_under_other_keys(disk, shop):
     assert {"a": 1} == shop.begun
 
 
+async def test_retry_goes_on_from_the_last_of_several_commits(disk, shop):
+    """What was done before a later commit stays done, and is not done again (D8)."""
+    failing = ["c"]
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        for name in "ab":
+            await scope.step(shop.step(name))
+            await scope.commit()
+        await scope.step(shop.step("c", fails=Boom("c") if failing else None))
+
+    async with disk.process() as journal:
+        with pytest.raises(Boom):
+            await journal.run(whole, run_id="r")
+        failing.clear()
+        await journal.retry(whole, "r")
+
+    assert {"a": 1, "b": 1, "c": 2} == shop.begun
+
+
+async def test_retry_of_a_run_without_steps(disk, shop):
+    """A run of which nothing is recorded but what could not be taken back is tried again (D8)."""
+    failing = ["hook"]
+
+    def hook() -> None:
+        if failing:
+            raise Boom("hook")
+        shop.log.append("hook")
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        scope.on_rollback(hook)
+        raise Boom("s")
+
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        failing.clear()
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+        assert [RunState.COMPENSATED] == [info.state for info in await journal.runs()]
+
+    assert ["hook"] == shop.log
+
+
 async def test_retry_past_a_commit_first_takes_back_what_could_not_be(disk, shop):
     """A compensation that had failed past the commit is not forgotten: it comes before anything else (D8)."""
     failing = ["b"]
@@ -1101,9 +1210,9 @@ async def test_retry_by_somebody_else_at_the_same_time(disk, shop):
             await journal.retry(whole, "r")
         (info,) = await journal.runs()
         key = 0 if disk.kind == "memory" else 1
-        await journal._reopen(key)  # somebody has it in hand
+        await journal._reopen(key, RunState.COMPENSATED)  # somebody has it in hand
         with pytest.raises(RunInProgress):
-            await journal._reopen(key)
+            await journal._reopen(key, RunState.COMPENSATED)
         assert RunState.COMPENSATED is info.state
 
 
@@ -1314,7 +1423,7 @@ async def test_a_run_that_was_pruned_is_not_taken_up_again(disk, shop):
         with pytest.raises(SagaError):
             await old.rollback()
         with pytest.raises(JournalError, match="not in the journal any more: .* was pruned"):
-            await journal._reopen(0 if disk.kind == "memory" else 1)
+            await journal._reopen(0 if disk.kind == "memory" else 1, RunState.FAILED)
 
         assert [RunState.COMPLETED] == [info.state for info in await journal.runs()]
         assert before == await journal.history("new")
@@ -1369,7 +1478,7 @@ async def test_a_run_that_was_cut_off_says_by_what(kind, message, grouped, journ
     error = {**encode_error(Stopped()), "type": kind}
     if grouped:
         error = {**encode_error(BaseExceptionGroup("", [Stopped()])), "errors": [error]}
-    await journal._reopen(0 if isinstance(journal, MemoryJournal) else 1)
+    await journal._reopen(0 if isinstance(journal, MemoryJournal) else 1, RunState.COMPLETED)
     await journal._end(
         0 if isinstance(journal, MemoryJournal) else 1, Ending(RunState.COMPENSATED, b"", error)
     )
@@ -1408,8 +1517,8 @@ async def test_a_retry_that_was_cancelled_before_it_began_can_be_recovered(disk,
         failing.clear()
         reopen = journal._reopen
 
-        async def cancelled(key: int) -> None:
-            await reopen(key)
+        async def cancelled(*args: Any) -> None:
+            await reopen(*args)
             scope.cancel()
             await checkpoint()
 

@@ -244,7 +244,25 @@ def caught_group(shop: Shop) -> Saga[..., Any]:
     return whole
 
 
+def cut_off_before_its_first_effect(shop: Shop) -> Saga[..., Any]:
+    """Of a member that was cancelled before it did anything nothing is recorded but that it left."""
+
+    @saga
+    async def idle(scope: SagaScope) -> None:
+        for _ in range(50):
+            await checkpoint()
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        with suppress(ExceptionGroup):
+            await scope.parallel(shop.step("a", fails=Boom("a")).bind(), idle.bind())
+        await scope.step(shop.step("b"))
+
+    return whole
+
+
 SHAPES: list[Build] = [
+    cut_off_before_its_first_effect,
     member_that_takes_itself_back,
     caught_group,
     sequence,

@@ -888,6 +888,72 @@ async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path)
     assert shop.begun == {"a": 1, "b": 1}
 
 
+async def test_d8_what_was_taken_back_in_a_cancelled_scope_is_not_carried_on(path):
+    """A cancellation does not keep it from being recorded that a run was taken back (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            with anyio.CancelScope() as scope:
+
+                def lock() -> None:
+                    somebody.execute("BEGIN IMMEDIATE")
+                    scope.cancel()
+
+                shop.moments["b"] = lock
+                await journal.run(whole, run_id="r")
+            somebody.execute("ROLLBACK")
+            assert shop.log == ["a", "-b", "-a"]
+            await journal.recover([whole], on_crash="resume")
+            (info,) = await journal.runs()
+
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
+async def test_d6_a_journal_that_is_opened_again_touches_no_run_that_is_another_ones_now(path):
+    """What it could not record when it was closed is of no interest once somebody else had the run (D6)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+
+    async def close() -> None:
+        await journal.__aexit__(None, None, None)
+
+    whole = Saga([shop.step("a"), Step(close, None, name="close"), shop.step("c")], name="s")
+    with pytest.raises(JournalError, match="is not open"):
+        await journal.run(whole, run_id="r")
+    info = await recovered_by_another(path, whole)
+    assert info.state is RunState.COMPENSATED
+    before = kinds(path)
+    async with journal:
+        await journal.run(Saga([shop.step("z")], name="z"), run_id="other")
+
+    assert read(path, "SELECT state FROM runs WHERE run_id = 'r'") == ["compensated"]
+    assert kinds(path)[: len(before)] == before
+
+
+async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
+    """A commit that is on disk is passed, whatever becomes of the journal just then (D8)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), Commit(), shop.step("c")], name="s")
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+    flush = journal._flush
+
+    async def closing_after() -> None:
+        await flush()
+        if ("committed", "commit") in kinds(path):
+            await journal.__aexit__(None, None, None)
+
+    journal._flush = closing_after
+    with pytest.raises(JournalError, match="is not open"):
+        await journal.run(whole, run_id="r")
+    assert shop.log == ["a"]
+    info = await recovered_by_another(path, whole)
+
+    assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
+
+
 async def test_d8_a_locked_file_leaves_a_run_past_its_commit_to_recovery(path):
     """Past its commit nothing is taken back; that the run is let go need not be recorded (D8)."""
     shop = Shop()

@@ -148,8 +148,8 @@ def relevant(events: Iterable[Event]) -> Relevant:
             history.append(event)
         elif event.data == FROM_COMMIT:
             carried_on += 1
-            kinds = [known.kind for known in history]
-            del history[kinds.index(EventKind.COMMITTED) + 1 :]
+            commits = [i for i, known in enumerate(history) if known.kind is EventKind.COMMITTED]
+            del history[commits[-1] + 1 :]
             settled &= {known.path for known in history}
         else:
             history = _to_retry(history, settled)
@@ -163,7 +163,8 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
         return history
     # Past the last thing that went forward there is no order to keep: what was taken back there is
     # settled, and the rest is tried anew.
-    last = max(index for index, event in enumerate(history) if event.kind not in BACKWARD)
+    forward = [index for index, event in enumerate(history) if event.kind not in BACKWARD]
+    last = forward[-1] if forward else -1
     settled |= {event.path for event in history[last + 1 :] if event.kind is EventKind.COMPENSATED}
     kept: list[Event] = []
     # The places of the rollbacks that have begun, and of those in which something failed.
@@ -189,7 +190,7 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
         kept.append(event)
     # A member of a group may have begun before that, and ended after it.
     kept = [event for event in kept if event.kind not in BACK or event.path not in settled]
-    return [*kept, history[last]._replace(kind=EventKind.INTERRUPTED, path=())]
+    return [*kept, Event(EventKind.INTERRUPTED, (), "retry")]
 
 
 def below(path: Path, place: Path) -> bool:

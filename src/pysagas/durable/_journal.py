@@ -43,7 +43,7 @@ from ._errors import (
 )
 from ._events import FROM_COMMIT, Event, EventKind, RunInfo, RunState
 from ._middleware import RunMiddleware
-from ._recalled import Recorded, exception_types, leaves, recalled, taken_back
+from ._recalled import Recorded, compensated, exception_types, leaves, recalled, taken_back
 from ._storage import Claim, Ending, RunGone, Storage, Stored
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
@@ -440,7 +440,7 @@ class Journal(Storage):
     ) -> Outcome[T]:
         """Opens a failed run, and goes on with what holds of it when it is tried again from there."""
         async with self._released_if_it_fails(claim.key):
-            await self._reopen(claim.key)
+            await self._reopen(claim.key, RunState.FAILED)
             retry = Event(EventKind.RETRY, (), saga.name, place, time.time())
             self._append(claim.key, retry)
             events = await self._load(claim.key)
@@ -457,14 +457,15 @@ class Journal(Storage):
         on_crash: OnCrash,
     ) -> Outcome[T]:
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
-        middleware = RunMiddleware(
-            _Recorder(self, claim.key),
-            self._codec,
-            saga,
-            events,
-            recovering=not claim.is_new,
-            resume=on_crash == "resume",
-        )
+        async with self._released_if_it_fails(claim.key):
+            middleware = RunMiddleware(
+                _Recorder(self, claim.key),
+                self._codec,
+                saga,
+                events,
+                recovering=not claim.is_new,
+                resume=on_crash == "resume",
+            )
         replay = middleware.replay
         try:
             outcome = await saga.run_with(
@@ -508,9 +509,11 @@ class Journal(Storage):
         if middleware.committed or middleware.reopened:
             return await outcome.rollback()  # which refuses, or says again what came of it
         with self._hold(run_id):
+            already = await self._taken_back_already(key, run_id, outcome.saga)
+            if already is not None:
+                return already
             # Before anything is taken back: another process may have done so, or forgotten the run.
-            with anyio.CancelScope(shield=True):
-                await self._reopen(key)
+            late = await self._open_again(key)
             middleware.reopened = True
             later: Outcome[Any] | None = None
             try:
@@ -524,8 +527,40 @@ class Journal(Storage):
                         await self._release(key, middleware.interruption())
                     else:
                         await self._end(key, Ending(STATES[later.state], b"", None))
+        if late is not None:
+            raise late
         assert later is not None
         return later
+
+    async def _taken_back_already(self, key: int, run_id: str, saga: str) -> Outcome[Any] | None:
+        """Gives the outcome of a completed run that somebody else has taken back meanwhile."""
+        stored = await self._stored(run_id)
+        if stored is None or stored.state is not RunState.COMPENSATED:
+            return None
+        return compensated(saga, run_id, await self._load(key), self._codec)
+
+    async def _open_again(self, key: int) -> BaseException | None:
+        """Takes a completed run into hand; gives a cancellation that came meanwhile, for later."""
+        failure: BaseException | None = None
+
+        async def open_again() -> None:
+            nonlocal failure
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._reopen(key, RunState.COMPLETED)
+            except BaseException as error:
+                failure = error
+
+        late: BaseException | None = None
+        try:
+            # In a task of its own, which a native cancellation of this one does not cut off.
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(open_again)
+        except anyio.get_cancelled_exc_class() as error:
+            late = error
+        if failure is not None:
+            raise failure
+        return late
 
     async def _take_back_recalled(
         self,
@@ -536,18 +571,23 @@ class Journal(Storage):
     ) -> Outcome[T]:
         """Takes back a run that had completed in another process, or earlier, by its history."""
         with self._hold(run_id):
+            already = await self._taken_back_already(claim.key, run_id, saga.name)
+            if already is not None:
+                return already
             events = await self._load(claim.key)
             if any(event.kind is EventKind.COMMITTED for event in events):
                 raise AlreadyCommitted(f"run {run_id!r} of saga {saga.name!r} has passed its commit")
-            with anyio.CancelScope(shield=True):
-                await self._reopen(claim.key)
+            late = await self._open_again(claim.key)
             try:
                 later = await self._go(claim, run_id, saga, call, events, (), "rollback")
             except RunInterrupted as error:
                 later = cast("Outcome[T]", error.outcome)
-            await self._end(claim.key, Ending(STATES[later.state], b"", None))
-            run = Recorded(saga.name, run_id, lambda: later.steps)
-            return Outcome(run, later.state, cast("T", None), None)
+            with anyio.CancelScope(shield=True):
+                await self._end(claim.key, Ending(STATES[later.state], b"", None))
+        if late is not None:
+            raise late
+        run = Recorded(saga.name, run_id, lambda: later.steps)
+        return Outcome(run, later.state, cast("T", None), None)
 
     async def _ended(
         self,

@@ -16,7 +16,7 @@ from ._events import Event, RunInfo, RunState
 from ._journal import Journal
 from ._storage import Claim, Ending, RunGone, Stored
 
-__all__ = ["MemoryJournal", "in_words", "other_run"]
+__all__ = ["MemoryJournal", "in_words", "not_so_any_more", "other_run"]
 
 
 @dataclass
@@ -101,12 +101,12 @@ class MemoryJournal(Journal):
         run.ended = run.events[-1].at if run.events else run.started
         run.stored = run.stored._replace(state=ending.state)
 
-    async def _reopen(self, key: int) -> None:
+    async def _reopen(self, key: int, was: RunState) -> None:
         run = self._runs.get(key)
         if run is None:
             raise RunGone("this run")
-        if run.ending is None:
-            raise RunInProgress(f"run {run.stored.run_id!r} is under way")
+        if run.stored.state is not was:
+            raise not_so_any_more(run.stored.run_id, run.stored.state, was)
         run.ending, run.ended, run.held = None, None, True
         run.stored = run.stored._replace(state=RunState.RUNNING)
 
@@ -155,6 +155,13 @@ def in_words(error: Mapping[str, Any]) -> str:
     """Says what a recorded exception was, in a line."""
     name = error["type"].rpartition(":")[2]
     return f"{name}: {error['text']}" if error["text"] else name
+
+
+def not_so_any_more(run_id: str, state: RunState, was: RunState) -> JournalError:
+    """Makes the error for a run with which somebody else has done something."""
+    if state is RunState.RUNNING:
+        return RunInProgress(f"run {run_id!r} is under way: somebody else has taken it up")
+    return JournalError(f"run {run_id!r} is {state.value}, and not {was.value} any more")
 
 
 def other_run(stored: Stored, saga: str, args: bytes) -> str | None:

@@ -14,6 +14,7 @@ import time
 from typing import Any, Protocol
 
 import anyio
+import anyio.lowlevel
 
 from pysagas import CallNext, Effect, Saga, StepInHand, StepState
 
@@ -328,6 +329,8 @@ class RunMiddleware:
             if last.kind is EventKind.COMPENSATED:
                 return None
             if last.kind is EventKind.NOT_COMPENSATED:
+                # Those beside it had begun, and do so again before this one stops others.
+                await anyio.lowlevel.cancel_shielded_checkpoint()
                 raise decode_error(json.loads(last.data))
         # Not begun; or in doubt, and then it runs again.
         await self.replay.park(effect, forward=False)

@@ -21,7 +21,15 @@ from ._errors import Interrupted, RecordedError, RunInterrupted, SagaChanged
 from ._events import Event, EventKind, relevant
 from ._storage import Ending
 
-__all__ = ["Recorded", "exception_types", "leaves", "recalled", "taken_back", "value_type"]
+__all__ = [
+    "Recorded",
+    "compensated",
+    "exception_types",
+    "leaves",
+    "recalled",
+    "taken_back",
+    "value_type",
+]
 
 T = TypeVar("T")
 AnySaga = Saga[..., Any]
@@ -62,7 +70,7 @@ def recalled(
     if state is SagaState.COMPLETED:
         return Outcome(run, state, _value(ending.value, codec, saga, run_id), None, take_back)
     if ending.error is None:
-        return Outcome(run, state, cast("Any", None), None)  # taken back by Outcome.rollback
+        return compensated(saga.name, run_id, events, codec)
     error = decode_error(ending.error)
     outcome: Outcome[Any] = Outcome(run, state, None, error)
     if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
@@ -77,6 +85,12 @@ def recalled(
     if state is SagaState.COMPENSATED and all(isinstance(leaf, expected) for leaf in leaves(error)):
         return outcome
     raise error
+
+
+def compensated(saga: str, run_id: str, events: Iterable[Event], codec: Codec) -> Outcome[Any]:
+    """Gives the outcome of a run that was taken back by `Outcome.rollback`."""
+    reports = _reports(events, codec)
+    return Outcome(Recorded(saga, run_id, lambda: reports), SagaState.COMPENSATED, None, None)
 
 
 def _value(data: bytes, codec: Codec, saga: AnySaga, run_id: str) -> Any:
@@ -150,7 +164,7 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
                 result = codec.decode(data, Any)
                 reports[path] = known._replace(state=StepState.COMPLETED, result=result)
             case EventKind.ANSWERED:
-                reports[path] = known._replace(state=StepState(json.loads(data)["state"]))
+                reports[path] = known._replace(**_answered(json.loads(data), codec))
             case EventKind.FAILED:
                 failure = json.loads(data)
                 state = StepState(failure["state"])
@@ -171,3 +185,16 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
         known = reports.get(path, StepReport(names[path], path, StepState.UNKNOWN))
         reports[path] = known._replace(state=StepState.COMPENSATED)
     return tuple(reports[path] for path in sorted(reports))
+
+
+def _answered(data: dict[str, Any], codec: Codec) -> dict[str, Any]:
+    """Gives the state and the result of a step for which somebody has answered."""
+    state = StepState(data["state"])
+    if state is StepState.NOT_STARTED:  # and nothing else was: for its caller it is completed
+        return {"state": StepState.COMPLETED, "result": codec.decode(_bytes(data["answer"]), Any)}
+    result = None if data["result"] is None else codec.decode(_bytes(data["result"]), Any)
+    return {"state": state, "result": result}
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("latin-1")

@@ -236,6 +236,7 @@ class Replay:
         """Refuses to end something of which there is history left."""
         if self.abandoned is not None:
             raise self.abandoned
+        self._pass_over_the_unbegun()
         for event in self._left():
             own_end = event.path == effect.path and event.kind in ENDS
             if event.kind in FORWARD and below(event.path, effect.path) and not own_end:
@@ -366,7 +367,23 @@ class Replay:
             if (ticks, cursor) != (self._ticks, self._cursor) or not self._stands_still():
                 return
             await anyio.lowlevel.checkpoint()
-        self._refuse(self._history[self._cursor], "nothing comes to it any more")
+        if not self._pass_over_the_unbegun():
+            self._refuse(self._history[self._cursor], "nothing comes to it any more")
+
+    def _pass_over_the_unbegun(self) -> bool:
+        """Takes the turns of members that were cut off before they did anything, and do not begin now.
+
+        That they had begun is recorded nowhere, since it does nothing.
+        """
+        passed = False
+        while not self.is_over:
+            event = self._history[self._cursor]
+            if event.kind is not EventKind.LEFT or event.path in self._branches:
+                break
+            self._known.pop(("end", event.path))
+            self._take_turn(self._cursor)
+            passed = True
+        return passed
 
     def _stands_still(self) -> bool:
         """Tells whether each branch waits, for its turn, for its members, or parked out of the way.

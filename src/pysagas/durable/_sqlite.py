@@ -30,7 +30,7 @@ from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Journal
-from ._memory import in_words, other_run
+from ._memory import in_words, not_so_any_more, other_run
 from ._storage import Claim, Ending, RunGone, Stored
 from ._writer import INSERT, Row, Writer
 
@@ -124,6 +124,7 @@ class SQLiteJournal(Journal):
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._writer: Writer | None = None
+        self._last_writer: Writer
         self._token = ""
         self._owner = 0
         self._lock: sqlite3.Connection | None = None
@@ -163,7 +164,7 @@ class SQLiteJournal(Journal):
             await writer.stop()
             cause = error.__cause__
             raise (cause if isinstance(cause, JournalError) else error) from None
-        self._writer = writer
+        self._writer = self._last_writer = writer
         return self
 
     async def __aexit__(
@@ -358,34 +359,35 @@ class SQLiteJournal(Journal):
         return row is not None and _is_locked(self._lock_path(row[0]))
 
     async def _release(self, key: int, last: Event | None = None) -> None:
+        owner = self._owner
+
         def release(connection: sqlite3.Connection) -> None:
-            if last is not None:
-                (seq,) = connection.execute(
-                    "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?", (key,)
-                ).fetchone()
-                connection.execute(INSERT, _row(key, seq, last))
-                connection.execute(
-                    "UPDATE runs SET state = ?, value = NULL, error = NULL, ended = NULL WHERE id = ?",
-                    (RunState.RUNNING.value, key),
-                )
-            connection.execute(
-                "UPDATE runs SET owner = NULL WHERE id = ? AND owner = ?", (key, self._owner)
-            )
+            # It may be late: then somebody else may have the run by now.
+            its = connection.execute("SELECT owner FROM runs WHERE id = ?", (key,)).fetchone()
+            if its == (owner,):
+                self._put_last(connection, key, last)
+                connection.execute("UPDATE runs SET owner = NULL WHERE id = ?", (key,))
 
         self._next_seq.pop(key, None)
-        try:
+        # Or a recovery that resumes would carry on what has been taken back.
+        self._owed.append(release)
+        with suppress(JournalError), anyio.CancelScope(shield=True):
             self._open().forget(key)
-            await self._open().call(release)
-        except JournalError:
-            if last is not None:
-                # Or a recovery that resumes would carry on what has been taken back.
-                self._owed.append(release)
+            await self._open().call(self._settle)
 
     def _settle(self, connection: sqlite3.Connection) -> None:
-        """Records what could not be recorded when runs were let go."""
+        """Lets go of runs; of those, too, of which that could not be recorded before."""
         while self._owed:
             self._owed[0](connection)
             del self._owed[0]
+
+    def _put_last(self, connection: sqlite3.Connection, key: int, last: Event | None) -> None:
+        """Puts an event behind what is on disk of a run."""
+        if last is not None:
+            (seq,) = connection.execute(
+                "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?", (key,)
+            ).fetchone()
+            connection.execute(INSERT, _row(key, seq, last))
 
     async def _load(self, key: int) -> list[Event]:
         def load(connection: sqlite3.Connection) -> list[Any]:
@@ -407,7 +409,8 @@ class SQLiteJournal(Journal):
         await self._open().flush()
 
     def _check_whole(self, key: int) -> None:
-        self._open().check(key)
+        # Of the writer that has flushed, though the journal may have been closed meanwhile.
+        self._last_writer.check(key)
 
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
@@ -423,18 +426,20 @@ class SQLiteJournal(Journal):
         self._next_seq.pop(key, None)
         await writer.call(end)
 
-    async def _reopen(self, key: int) -> None:
+    async def _reopen(self, key: int, was: RunState) -> None:
         def reopen(connection: sqlite3.Connection) -> int:
             taken = connection.execute(
                 "UPDATE runs SET state = ?, value = NULL, error = NULL, ended = NULL, owner = ? "
-                "WHERE id = ? AND state <> ?",
-                (RunState.RUNNING.value, self._owner, key, RunState.RUNNING.value),
+                "WHERE id = ? AND state = ?",
+                (RunState.RUNNING.value, self._owner, key, was.value),
             ).rowcount
             if not taken:
-                row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (key,)).fetchone()
+                row = connection.execute(
+                    "SELECT run_id, state FROM runs WHERE id = ?", (key,)
+                ).fetchone()
                 if row is None:
                     raise RunGone("this run")
-                raise RunInProgress(f"run {row[0]!r} is under way: somebody else has taken it up")
+                raise not_so_any_more(row[0], RunState(row[1]), was)
             (last,) = connection.execute(
                 "SELECT coalesce(max(seq), -1) FROM events WHERE run = ?", (key,)
             ).fetchone()

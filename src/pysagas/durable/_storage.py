@@ -129,12 +129,13 @@ class Storage(ABC):
         """Records how a run ended, after all that was appended."""
 
     @abstractmethod
-    async def _reopen(self, key: int) -> None:
-        """Takes into hand a run that had ended.
+    async def _reopen(self, key: int, was: RunState) -> None:
+        """Takes into hand a run that had ended so.
 
         Raises:
             RunInProgress: Somebody else has done so.
             RunGone: It is not there any more.
+            JournalError: It has ended otherwise meanwhile.
         """
 
     @abstractmethod
