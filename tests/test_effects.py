@@ -1361,6 +1361,25 @@ async def test_an_observer_s_error_is_logged(caplog):
     assert isinstance(record.exc_info[1], Fault)
 
 
+async def test_a_log_that_fails_harms_no_saga(caplog):
+    """Where even that an observer failed cannot be logged, the saga goes on as without it."""
+
+    def broken(record: object) -> bool:
+        raise ZeroDivisionError
+
+    async def watching(effect, call_next):
+        raise Boom
+
+    logger = logging.getLogger("pysagas")
+    logger.addFilter(broken)
+    try:
+        outcome = await Saga([World().step("one")], middleware=[observer(watching)]).run()
+    finally:
+        logger.removeFilter(broken)
+
+    assert SagaState.COMPLETED is outcome.state
+
+
 async def test_a_failure_that_an_observer_lets_through_is_not_logged(caplog):
     """A step's own failure is none of the observer's: nothing is logged."""
     world, recorder = World(), Recorder()

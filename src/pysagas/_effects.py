@@ -8,6 +8,7 @@ effect is made, except for who asks for it with `current_effect`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from functools import wraps
 from typing import Any, Literal, NamedTuple, Protocol
@@ -266,16 +267,7 @@ def observer(middleware: Middleware) -> Middleware:
             await middleware(effect, watched)
         except Exception as error:
             if error is not watched.raised:
-                import logging  # noqa: PLC0415 - only who has a failing observer pays for it
-
-                logging.getLogger("pysagas").warning(
-                    "observer %r failed on effect %s %r at %s; the saga is not affected",
-                    middleware,
-                    effect.kind,
-                    effect.name,
-                    effect.path,
-                    exc_info=error,
-                )
+                _warn(middleware, effect, error)
         if not watched.called:
             return await call_next()
         if watched.raised is None:
@@ -286,6 +278,21 @@ def observer(middleware: Middleware) -> Middleware:
             watched.raised = None  # its traceback holds this frame
 
     return observe
+
+
+def _warn(observer: object, effect: Effect, error: Exception) -> None:
+    import logging  # noqa: PLC0415 - only who has a failing observer pays for it
+
+    # A handler's filter may be what fails, here as in the observer; then nobody can be told.
+    with suppress(Exception):
+        logging.getLogger("pysagas").warning(
+            "observer %r failed on effect %s %r at %s; the saga is not affected",
+            observer,
+            effect.kind,
+            effect.name,
+            effect.path,
+            exc_info=error,
+        )
 
 
 class _Watched:
