@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -27,6 +30,8 @@ PYTHONS = nox.project.python_versions(PROJECT)
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
 # The oldest AnyIO that is supported: the one in the project's own requirement.
 LOWEST_ANYIO = re.findall(r"anyio>=([\d.]+)", " ".join(PROJECT["project"]["dependencies"]))[0]
+# What draws the diagrams, see `pictures`.
+MERMAID = "@mermaid-js/mermaid-cli@11.17.0"
 
 
 def install(session: nox.Session, group: str, *more: str) -> None:
@@ -153,6 +158,30 @@ def crash(session: nox.Session) -> None:
     install(session, "tests", ".")
     env = {"PYSAGAS_KILLS": session.posargs[0] if session.posargs else "500"}
     session.run("pytest", "-q", "-rP", "tests/test_durable_crash.py", *session.posargs[1:], env=env)
+
+
+# Needs npm and a Chromium, which the environment may name: CHROMIUM. Whoever changes how sagas are
+# drawn looks at these; the text of each golden file is what `pictures()` in tests/test_diagrams.py gives.
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Has Mermaid draw the golden files of the diagrams, on a light page and on a dark one."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if chromium is None:
+        session.skip("there is no chromium")
+    made = Path(session.create_tmp())
+    tools = made / "npm"
+    # The browser that is there does; the package would download one of its own.
+    env = {"PUPPETEER_SKIP_DOWNLOAD": "1"}
+    session.run("npm", "install", "--prefix", str(tools), MERMAID, env=env, external=True)
+    settings = made / "puppeteer.json"
+    settings.write_text(json.dumps({"executablePath": chromium, "args": ["--no-sandbox"]}))
+    draw = (str(tools / "node_modules" / ".bin" / "mmdc"), "--quiet", "-p", str(settings), "-w", "1400")
+    for golden in sorted(Path("tests/golden").glob("*.mmd")):
+        for theme, page in (("default", "white"), ("dark", "#0d1117")):
+            picture = made / f"{golden.stem}-{theme}.png"
+            look = ("-t", theme, "-b", page)
+            session.run(*draw, *look, "-i", str(golden), "-o", str(picture), external=True)
+    session.log(f"the pictures are in {made}")
 
 
 @nox.session

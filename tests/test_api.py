@@ -13,7 +13,10 @@ from types import ModuleType
 import pytest
 
 import pysagas
+import pysagas.diagrams
 import pysagas.durable
+import pysagas.observe.logging
+import pysagas.observe.opentelemetry
 import pysagas.testing
 import sagas
 
@@ -61,6 +64,7 @@ PROMISED = {
     "Step",
     "StepReport",
     "StepState",
+    "TreeNode",
     "current_effect",
     "observer",
     "open_saga",
@@ -101,6 +105,12 @@ PROMISED_FOR_JOURNALS = {
     "SagaChanged",
 }
 
+# A module each, imported by who uses it.
+PROMISED_FOR_WATCHING = {
+    pysagas.observe.logging: ["log_effects"],
+    pysagas.observe.opentelemetry: ["trace_effects"],
+}
+
 
 # --- the public names -------------------------------------------------------------------------------
 
@@ -126,13 +136,22 @@ def test_promised_names():
     assert set() == PROMISED - set(pysagas.__all__)
     assert set() == PROMISED_FOR_TESTS - set(pysagas.testing.__all__)
     assert set() == PROMISED_FOR_JOURNALS - set(pysagas.durable.__all__)
+    assert PROMISED_FOR_WATCHING == {module: module.__all__ for module in PROMISED_FOR_WATCHING}
+
+
+def test_promised_diagrams():
+    """One function draws sagas and outcomes."""
+    assert ["mermaid"] == pysagas.diagrams.__all__
 
 
 def public_objects() -> Iterator[tuple[str, object]]:
     for module, prefix in (
         (pysagas, ""),
+        (pysagas.diagrams, "diagrams."),
         (pysagas.testing, "testing."),
         (pysagas.durable, "durable."),
+        (pysagas.observe.logging, "observe.logging."),
+        (pysagas.observe.opentelemetry, "observe.opentelemetry."),
     ):
         for name, value in public_objects_of(module):
             yield prefix + name, value
@@ -206,6 +225,20 @@ def test_import_brings_in_nothing_for_journals():
     )
 
     assert not {"pysagas.durable", "sqlite3", "msgspec"} & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("imported", ["pysagas", "pysagas.observe", "pysagas.observe.opentelemetry"])
+def test_import_brings_in_no_opentelemetry(imported):
+    """Importing the library, or what makes spans, does not import OpenTelemetry: a call does."""
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys, {imported}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert imported in ran.stdout.split()
+    assert "opentelemetry" not in ran.stdout.split()
 
 
 WITHOUT_EXTRAS = """

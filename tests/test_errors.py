@@ -6,9 +6,11 @@ import traceback
 from dataclasses import dataclass
 
 import pytest
+from anyio import sleep_forever
 
 from pysagas import (
     AlreadyCommitted,
+    Commit,
     CompensationFailed,
     MiddlewareError,
     Saga,
@@ -112,6 +114,109 @@ def test_compensation_failed_without_an_error():
     assert error.error is None
     assert "saga 'trip' could not be taken back whole:\n  OSError: one" == str(error)
     assert error.failures == error.__cause__.exceptions
+
+
+def test_compensation_failed_names_the_errors_in_a_group():
+    """After a group had failed, the message names the errors in it, three of them at most (G11)."""
+    group = ExceptionGroup("two", [ValueError("a"), ExceptionGroup("inner", [KeyError("b")])])
+    many = ExceptionGroup("many", [OSError(number) for number in range(5)])
+
+    assert "saga 'trip' could not be taken back whole after ValueError: a; KeyError: 'b':" == str(
+        failed(group)
+    )
+    assert "after OSError: 0; OSError: 1; OSError: 2 and 2 more:" in str(failed(many))
+
+
+async def test_compensation_failed_names_what_was_not_even_begun():
+    """At the end of the run the message names the steps that nobody has tried to take back (G11)."""
+
+    def fail_too():
+        raise OSError("no answer")
+
+    async def trip(count):
+        names = [Step(print, print, name=f"s{number}") for number in range(count)]
+        steps = [*names, Step(print, fail_too, name="hotel"), Step(fail_too, name="card")]
+        return await raised_by(Saga(steps, name="trip", on_compensation_failure="stop").run())
+
+    error = await trip(2)
+
+    assert [
+        "saga 'trip' could not be taken back whole after OSError: no answer:",
+        "  compensation of step 'hotel' at (2,) in saga 'trip': OSError: no answer",
+        "  not even begun: 's1', 's0'",
+    ] == str(error).splitlines()
+    assert str(await trip(23)).endswith("'s4', 's3' and 3 more")
+    assert "not even begun" not in str(await trip(0))
+
+
+async def test_compensation_failed_on_request_names_what_was_not_even_begun():
+    """A run that is taken back on request tells what is left too (G11)."""
+
+    def fail():
+        raise OSError
+
+    steps = [Step(print, print, name="flight"), Step(print, fail)]
+    outcome = await Saga(steps, on_compensation_failure="stop").run()
+
+    assert "  not even begun: 'flight'" == str(await raised_by(outcome.rollback())).splitlines()[-1]
+
+
+async def test_compensation_failed_by_a_time_limit_names_it_once():
+    """What a time limit has cut off is named by its own error, and not once more (G10, G11)."""
+    steps = [Step(print, print, name="flight"), Step(print, sleep_forever, name="hotel")]
+    outcome = await Saga(steps, name="trip", rollback_timeout=0.01).run()
+
+    assert [
+        "saga 'trip' could not be taken back whole:",
+        "TimeoutError: cut off by rollback_timeout=0.01 s",
+        "  TimeoutError: the rollback of 'trip' did not end within 0.01 s; not begun: flight",
+    ] == [
+        line.removeprefix("  compensation of step 'hotel' at (1,) in saga 'trip': ")
+        for line in str(await raised_by(outcome.rollback())).splitlines()
+    ]
+
+
+async def test_compensation_failed_does_not_name_what_was_committed():
+    """What stays as it is because a commit was passed is not left to mend (G11, G14)."""
+
+    def fail():
+        raise OSError
+
+    steps = [Step(print, print, name="flight"), Commit(), Step(print, fail), Step(fail)]
+    error = await raised_by(Saga(steps, on_compensation_failure="stop").run())
+
+    assert "flight" not in str(error)
+
+
+async def test_a_traceback_says_it_once():
+    """A traceback shows each failure, and beside it a note and a line of the message; no more (G11)."""
+
+    def fail():
+        raise ValueError("declined")
+
+    def fail_too():
+        raise OSError("no answer")
+
+    steps = [Step(print, print, name="flight"), Step(print, fail_too, name="hotel"), Step(fail)]
+    error = await raised_by(Saga(steps, name="trip", on_compensation_failure="stop").run())
+    shown = "".join(traceback.format_exception(error))
+
+    assert 2 == shown.count("OSError: no answer")
+    assert 2 == shown.count("compensation of step 'hotel'")
+    assert 2 == shown.count("ValueError: declined")
+    assert 1 == shown.count("'flight'")
+    assert [
+        "saga 'trip' could not be taken back whole after ValueError: declined:",
+        "  compensation of step 'hotel' at (1,) in saga 'trip': OSError: no answer",
+        "  not even begun: 'flight'",
+        "saga 'trip' failed in step 'fail'; rolled back: nothing; in doubt: 'fail'",
+    ] == shown.partition("CompensationFailed: ")[2].splitlines()
+
+
+async def raised_by(awaitable):
+    with pytest.raises(CompensationFailed) as raised:
+        await awaitable
+    return raised.value
 
 
 def test_compensation_failed_without_failures():

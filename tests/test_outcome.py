@@ -23,6 +23,7 @@ from pysagas import (
     Step,
     StepReport,
     StepState,
+    TreeNode,
     current_effect,
     open_saga,
     outcome_of,
@@ -115,6 +116,206 @@ async def test_repr_names_saga_and_state():
 
 def fail():
     raise OSError("failed")
+
+
+async def test_str_is_the_tree_with_states_and_errors():
+    """A printed outcome has a line for each place: its path, what it is, its state, what it raised."""
+    log, step = recorder()
+
+    @saga
+    async def rent(scope: SagaScope):
+        await scope.step(step("car"))
+        async with scope.nested() as extras:
+            await extras.step(step("child seat"))
+        await scope.step(step("insurance", fails=OSError("no answer\nat all"), compensation=None))
+
+    outcome = await outcome_of_failure(
+        Saga(
+            [
+                step("flight", back_fails=KeyError("PS 101")),
+                Parallel(step("seat"), Saga([step("room")], name="hotel"), name="bookings"),
+                Parallel(step("weather", compensation=None)),
+                rent,
+                Saga([step("never")]),
+                Commit(),
+                rent,
+            ],
+            name="trip",
+        ),
+        CompensationFailed,
+    )
+
+    assert [
+        "saga 'trip': failed, after OSError: no answer",
+        "  0      flight               compensation failed  going back: KeyError: 'PS 101'",
+        "  1      parallel 'bookings'",
+        "  1.0      seat               compensated",
+        "  1.1      saga 'hotel'",
+        "  1.1.0      room             compensated",
+        "  2      parallel",
+        "  2.0      weather            completed",
+        "  3      saga 'rent'",
+        "  3.0      car                compensated",
+        "  3.1      nested",
+        "  3.1.0      child seat       compensated",
+        "  3.2      insurance          unknown              OSError: no answer",
+        "  4      saga",
+        "  4.0      never              not started",
+        "  5      commit               not passed",
+        "  6      saga 'rent'          not started",
+    ] == str(outcome).splitlines()
+
+
+async def test_str_of_what_succeeded():
+    """A printed outcome of a completed run says so, and which commit it has passed."""
+    log, step = recorder()
+
+    assert [
+        "saga 'trip': completed",
+        "  0  one     completed",
+        "  1  commit  passed",
+        "  2  two     completed",
+    ] == str(await Saga([step("one"), Commit(), step("two")], name="trip").run()).splitlines()
+    assert "saga 'nothing': completed" == str(await Saga([], name="nothing").run())
+
+
+async def test_str_of_a_step_that_failed_both_ways():
+    """What the action raised, and what its compensation did, stand in the line of the step."""
+    log, step = recorder()
+    outcome = await outcome_of_failure(
+        Saga([step("pay", fails=OSError("there"), back_fails=ValueError("back"))]), CompensationFailed
+    )
+
+    assert [
+        "saga 'saga': failed, after OSError: there",
+        "  0  pay  compensation failed  OSError: there; going back: ValueError: back",
+    ] == str(outcome).splitlines()
+
+
+async def test_str_of_a_rollback_that_ran_out_of_time():
+    """What failed in a rollback and belongs to no step has a line of its own."""
+    log, step = recorder()
+    outcome = await Saga(
+        [step("one"), step("two", compensation=anyio.sleep_forever)], rollback_timeout=0.01
+    ).run()
+    with pytest.raises(CompensationFailed) as raised:
+        await outcome.rollback()
+
+    assert [
+        "saga 'saga': failed",
+        "  0  one  completed",
+        "  1  two  compensation failed  going back: TimeoutError: cut off by rollback_timeout=0.01 s",
+        "  going back: TimeoutError: the rollback of 'saga' did not end within 0.01 s; not begun: one",
+    ] == str(raised.value.outcome).splitlines()
+
+
+async def test_str_has_no_line_that_breaks():
+    """Names and messages that hold line breaks or control codes are escaped, and spoil no column."""
+    log, step = recorder()
+    long = 100 * "x"
+    outcome = await Saga(
+        [step("two\nlines", fails=OSError("\x1b[2J"), compensation=None), step(long), step("short")],
+        name="a\nb",
+    ).run(exceptions=OSError)
+
+    assert [
+        "saga 'a\\nb': compensated, after 'OSError: \\x1b[2J'",
+        "  0  'two\\nlines'                                      unknown      'OSError: \\x1b[2J'",
+        f"  1  {long}  not started",
+        f"  2  {'short':48}  not started",
+    ] == str(outcome).splitlines()
+
+
+async def test_str_of_a_run_of_which_the_steps_alone_are_known():
+    """Where a journal recalls a run, what holds its steps is shown without saying what it is."""
+
+    class Recalled:
+        saga_name = "trip"
+        run_id = "1"
+
+        def reports(self):
+            return (
+                StepReport("flight", (0,), StepState.COMPLETED),
+                StepReport("seat", (1, 0), StepState.COMPLETED),
+                StepReport("room", (1, 1, 0), StepState.COMPLETED),
+                StepReport("breakfast", (1, 1, 1), StepState.COMPLETED),
+            )
+
+    outcome = Outcome(Recalled(), SagaState.COMPLETED, None, None)
+
+    assert [
+        "saga 'trip': completed",
+        "  0      flight         completed",
+        "  1      part",
+        "  1.0      seat         completed",
+        "  1.1      part",
+        "  1.1.0      room       completed",
+        "  1.1.1      breakfast  completed",
+    ] == str(outcome).splitlines()
+    assert TreeNode("part", "part", (1, 1)) in outcome.tree
+
+
+async def test_the_tree_of_a_run():
+    """An outcome tells what is at each place, and the names of what takes each step back."""
+
+    def act(): ...
+    def cancel(): ...
+    def undo(result): ...
+    def close(): ...
+
+    @saga(name="trip")
+    async def trip(scope: SagaScope):
+        await scope.step(act, compensation=cancel, undo=undo, name="with options")
+        await scope.step(act, compensation=cancel)
+        await scope.parallel(Step(act, undo=undo, compensation_timeout=None), Step(act), name="two")
+        async with scope.nested() as inner:
+            inner.on_rollback(close)
+        await scope.commit()
+
+    tree = (await trip.run()).tree
+
+    assert (
+        TreeNode("saga", "trip", ()),
+        TreeNode("step", "with options", (0,), "cancel", "undo"),
+        TreeNode("step", "act", (1,), "cancel"),
+        TreeNode("group", "two", (2,)),
+        TreeNode("step", "act", (2, 0), undo="undo"),
+        TreeNode("step", "act", (2, 1)),
+        TreeNode("scope", "nested", (3,)),
+        TreeNode("step", "close", (3, 0), "close"),
+        TreeNode("commit", "commit", (4,), passed=True),
+    ) == tree
+
+
+async def test_the_tree_of_a_block():
+    """The scope of `open_saga` is the saga of its run."""
+    async with open_saga(name="trip") as scope:
+        await scope.step(print)
+
+    assert ["saga", "step"] == [node.kind for node in scope.outcome.tree]
+
+
+async def test_the_tree_names_what_is_wrapped():
+    """A compensation that is timed or tried again is known by its own name."""
+
+    async def cancel(): ...
+
+    tree = (await Saga([Step(print, cancel, compensation_timeout=5)]).run()).tree
+
+    assert "cancel" == tree[1].compensation
+
+
+async def test_a_commit_that_a_middleware_holds_up_is_not_passed():
+    """A commit that was called and did not come about is not shown as passed."""
+
+    async def refuse(effect, call_next):
+        if effect.kind == "commit":
+            raise OSError
+        return await call_next()
+
+    outcome = await outcome_of_failure(Saga([Step(print), Commit()], middleware=[refuse]))
+
+    assert TreeNode("commit", "commit", (1,)) == outcome.tree[-1]
 
 
 # --- state, value, error ----------------------------------------------------------------------------

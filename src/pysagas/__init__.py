@@ -20,7 +20,15 @@ from ._errors import (
     ScopeBusy,
     ScopeClosed,
 )
-from ._outcome import Outcome, SagaState, StepReport, StepState, attach_outcome, outcome_of
+from ._outcome import (
+    Outcome,
+    SagaState,
+    StepReport,
+    StepState,
+    TreeNode,
+    attach_outcome,
+    outcome_of,
+)
 from ._saga import Saga, SagaBuilder, SagaMethod, saga
 from ._scope import SagaScope, open_saga
 
@@ -50,6 +58,7 @@ __all__ = [
     "StepInHand",
     "StepReport",
     "StepState",
+    "TreeNode",
     "attach_outcome",
     "current_effect",
     "observer",

@@ -9,7 +9,7 @@ A step's own failure is none of these: it reaches the caller as the exception th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ __all__ = [
 
 # More lines than these in one message hide what matters; the rest is counted.
 _LISTED_FAILURES = 20
+_LISTED_REASONS = 3
 
 
 class SagaError(Exception):
@@ -72,6 +73,7 @@ class CompensationFailed(SagaError):
     error: BaseException | None
     failures: tuple[BaseException, ...]
     outcome: Outcome[object]
+    args: tuple[Any, ...]
     __cause__: BaseException | None
 
     def __init__(
@@ -83,19 +85,34 @@ class CompensationFailed(SagaError):
     ) -> None:
         self.error = error
         self.failures = tuple(failures)
-        self.outcome = outcome
         super().__init__("\n".join(_message_lines(saga, error, self.failures)))
+        self.settle(outcome)
         exceptions = self.failures if error is None else (error, *self.failures)
         if exceptions:
             self.__cause__ = BaseExceptionGroup(
                 f"the rollback of saga {saga!r}: what started it, and what failed in it", exceptions
             )
 
+    def settle(self, outcome: Outcome[object], not_begun: Sequence[str] = ()) -> None:
+        """Gives the report of the run; for the library's own use.
+
+        Args:
+            outcome: The report.
+            not_begun: The names of the steps that are still to be taken back, which was not even
+                begun; the message ends with them.
+        """
+        self.outcome = outcome
+        # What a time limit cut off is named by its own error.
+        if not_begun and f"; not begun: {', '.join(not_begun)}" not in self.args[0]:
+            self.args = (
+                f"{self.args[0]}\n  not even begun: {_listed(list(map(repr, not_begun)), _LISTED_FAILURES)}",
+            )
+
 
 def _message_lines(
     saga: str, error: BaseException | None, failures: tuple[BaseException, ...]
 ) -> Iterator[str]:
-    reason = "" if error is None else f" after {describe(error)}"
+    reason = "" if error is None else f" after {describe_each(error)}"
     yield f"saga {saga!r} could not be taken back whole{reason}:"
     for failure in failures[:_LISTED_FAILURES]:
         place = next(
@@ -104,6 +121,16 @@ def _message_lines(
         yield f"  {place + ': ' if place else ''}{describe(failure)}"
     if len(failures) > _LISTED_FAILURES:
         yield f"  ... and {len(failures) - _LISTED_FAILURES} more (see .failures)"
+
+
+def describe_each(error: BaseException) -> str:
+    """Describes an exception; of a group those in it, since their number does not say what happened."""
+    return _listed([describe(leaf) for leaf in leaves(error)], _LISTED_REASONS, "; ")
+
+
+def _listed(texts: Sequence[str], most: int, comma: str = ", ") -> str:
+    shown = comma.join(texts[:most])
+    return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
 
 
 def describe(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 
@@ -21,7 +21,7 @@ from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN
 from ._definitions import Commit, Definition, Parallel, Part, Step, definition_of
 from ._effects import Effect, EffectKind, Middleware
 from ._errors import CompensationFailed, add_note, without_cancellation
-from ._outcome import Outcome, StepReport, StepState
+from ._outcome import Outcome, StepReport, StepState, TreeNode
 from ._signatures import name_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "must_take_back",
     "pending_names",
     "records",
+    "tree_of",
 ]
 
 P = ParamSpec("P")
@@ -77,6 +78,7 @@ class Run:
     __slots__ = ("_run_id", "carried_on", "ended", "failures", "reported", "saga")
 
     saga: str
+    carried_on: int
 
     def __init__(self, saga: str, run_id: str | None, carried_on: int = 0) -> None:
         self.saga = saga
@@ -305,6 +307,10 @@ class Sequence:
         failed = {id(failure.record): failure.error for failure in self.run.failures}
         return tuple(_reports(self, failed))
 
+    def tree(self) -> Iterator[TreeNode]:
+        """Yields what is at each path, for the outcome."""
+        return (_node(path, place, self) for path, place in _places(self))
+
     def may_end_early(self) -> bool:
         """Tells whether `begins_no_more` can ever come true, for this saga and those around it."""
         level: Sequence | None = self
@@ -455,34 +461,68 @@ def records(entry: Entry | None) -> Iterator[Record]:
             yield from records(part)
 
 
-def _reports(node: Sequence | Group, failed: dict[int, BaseException]) -> Iterator[StepReport]:
+def tree_of(saga: SagaDefinition[..., Any]) -> Iterator[TreeNode]:
+    """Yields what is at each path of a saga, of which nothing has run."""
+    return (_node(path, place, None) for path, place in _places_ahead(saga, ()))
+
+
+def _reports(log: Sequence, failed: dict[int, BaseException]) -> Iterator[StepReport]:
+    for path, place in _places(log):
+        if isinstance(place, Record):
+            yield StepReport(
+                name=place.name,
+                path=path,
+                state=place.state,
+                result=place.result,
+                error=place.error,
+                compensation_error=failed.get(id(place)),
+            )
+        # A step; or a saga as a function, whose steps nobody knows yet.
+        elif isinstance(place, Step) or (
+            isinstance(place, SagaDefinition) and place.function is not None
+        ):
+            yield StepReport(name=place.name, path=path, state=NOT_STARTED)
+
+
+def _places(node: Sequence | Group) -> Iterator[tuple[tuple[int, ...], Entry | Definition[..., Any]]]:
+    """Yields each entry with its path, and where nothing was started the definition."""
+    yield node.path, node
     entries = node.members if isinstance(node, Group) else node.entries
     for index, entry in enumerate(entries):
-        path = (*node.path, index)
-        if isinstance(entry, Record):
-            yield StepReport(
-                name=entry.name,
-                path=path,
-                state=entry.state,
-                result=entry.result,
-                error=entry.error,
-                compensation_error=failed.get(id(entry)),
-            )
-        elif isinstance(entry, Sequence | Group):
-            yield from _reports(entry, failed)
-        elif entry is None and isinstance(node, Group):
-            yield from _not_started(definition_of(node.definition.parts[index]), path)
+        if isinstance(entry, Sequence | Group):
+            yield from _places(entry)
+        elif entry is not None:
+            yield (*node.path, index), entry
+        else:
+            assert isinstance(node, Group)  # in a sequence every entry was started
+            yield from _places_ahead(definition_of(node.definition.parts[index]), (*node.path, index))
     if isinstance(node, Sequence) and node.saga is not None:
         for index, part in enumerate(node.saga.parts[len(entries) :], start=len(entries)):
-            yield from _not_started(definition_of(part), (*node.path, index))
+            yield from _places_ahead(definition_of(part), (*node.path, index))
 
 
-def _not_started(definition: Definition[..., Any], path: tuple[int, ...]) -> Iterator[StepReport]:
-    if isinstance(definition, Parallel) or (
-        isinstance(definition, SagaDefinition) and definition.function is None
-    ):
+def _places_ahead(
+    definition: Definition[..., Any], path: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], Definition[..., Any]]]:
+    yield path, definition
+    if isinstance(definition, Parallel | SagaDefinition):
         for index, part in enumerate(definition.parts):
-            yield from _not_started(definition_of(part), (*path, index))
-    elif not isinstance(definition, Commit):
-        # A step; or a saga as a function, whose steps nobody knows yet.
-        yield StepReport(name=definition.name, path=path, state=NOT_STARTED)
+            yield from _places_ahead(definition_of(part), (*path, index))
+
+
+def _node(path: tuple[int, ...], place: Entry | Definition[..., Any], log: Sequence | None) -> TreeNode:
+    if isinstance(place, Record | Step):
+        # The step's own functions: a record may hold them wrapped.
+        definition: object = place.definition if isinstance(place, Record) else place
+        own = cast("Step[..., Any]", definition) if isinstance(definition, Step) else place
+        compensation = None if own.compensation is None else name_of(own.compensation)
+        undo = None if own.undo is None else name_of(own.undo)
+        return TreeNode("step", place.name, path, compensation, undo)
+    if isinstance(place, CommitMark | Commit):
+        # Commits stand in the outermost sequence alone.
+        passed = log is not None and path[-1] < log.committed
+        return TreeNode("commit", place.name, path, passed=passed)
+    if isinstance(place, Group | Parallel):
+        return TreeNode("group", place.name, path)
+    nested = isinstance(place, Sequence) and place.saga is None and place.parent is not None
+    return TreeNode("scope" if nested else "saga", place.name, path)

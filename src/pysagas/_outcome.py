@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from enum import Enum
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from ._errors import SagaError, leaves
+from ._errors import CompensationFailed, SagaError, describe, describe_each, leaves
 
-__all__ = ["Outcome", "SagaState", "StepReport", "StepState", "attach_outcome", "outcome_of"]
+__all__ = [
+    "Outcome",
+    "SagaState",
+    "StepReport",
+    "StepState",
+    "TreeNode",
+    "attach_outcome",
+    "outcome_of",
+]
 
 T_co = TypeVar("T_co", covariant=True)
 
 _ATTRIBUTE = "__pysagas_outcome__"
+
+# Columns are made as wide as what stands in them, but for one long name they are not.
+_WIDEST_COLUMN = 48
 
 
 class SagaState(Enum):
@@ -65,6 +76,27 @@ class StepReport(NamedTuple):
     result: object = None
     error: BaseException | None = None
     compensation_error: BaseException | None = None
+
+
+class TreeNode(NamedTuple):
+    """A place in the tree of a saga, or of a run: a step, or what holds steps.
+
+    Attributes:
+        kind: A step; a commit; or what holds others: a saga, a nested scope, a parallel group. A
+            "part" holds others too: what it is, a journal that recalls the run does not say.
+        name: Its name.
+        path: Its place, the same in every run; that of a step is that of its report.
+        compensation: The name of a step's compensation; None where it has none.
+        undo: The name of a step's undo; None where it has none.
+        passed: Of a commit, whether the run has passed it.
+    """
+
+    kind: Literal["step", "commit", "saga", "scope", "group", "part"]
+    name: str
+    path: tuple[int, ...]
+    compensation: str | None = None
+    undo: str | None = None
+    passed: bool = False
 
 
 _set = object.__setattr__
@@ -163,6 +195,18 @@ class Outcome(Generic[T_co]):
         return steps
 
     @property
+    def tree(self) -> tuple[TreeNode, ...]:
+        """All places in the run, in the order of their paths: the saga itself, groups, steps, commits.
+
+        What holds others comes before them. Steps and what else was never reached is there as it is
+        in `steps`.
+        """
+        make: Callable[[], Iterable[TreeNode]] | None = getattr(self._run, "tree", None)
+        if make is None:  # a journal recalls the steps alone
+            return tuple(_tree_of_steps(self.saga, self.steps))
+        return tuple(make())
+
+    @property
     def in_doubt(self) -> tuple[StepReport, ...]:
         """The steps that are UNKNOWN: started, not returned, and not taken back.
 
@@ -191,11 +235,76 @@ class Outcome(Generic[T_co]):
         _ = self.steps  # the report of before, while it can still be made
         return await self._rollback()
 
+    def __str__(self) -> str:
+        """Gives the tree of the run, a line for each place: its path, its state, what it raised."""
+        return "\n".join(_lines(self))
+
     def __repr__(self) -> str:
         error = "" if self.error is None else f" error={self.error!r}"
         doubts = len(self.in_doubt)
         in_doubt = f" in_doubt={doubts}" if doubts else ""
         return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}{in_doubt}>"
+
+
+def _tree_of_steps(saga: str, steps: Iterable[StepReport]) -> Iterator[TreeNode]:
+    yield TreeNode("saga", saga, ())
+    around: set[tuple[int, ...]] = set()
+    for step in steps:
+        for depth in range(1, len(step.path)):
+            path = step.path[:depth]
+            if path not in around:
+                around.add(path)
+                yield TreeNode("part", "part", path)
+        yield TreeNode("step", step.name, step.path)
+
+
+def _lines(outcome: Outcome[object]) -> Iterator[str]:
+    error = outcome.error
+    # What could not be taken back stands beside its steps: here is what began it all.
+    began = error.error if isinstance(error, CompensationFailed) else error
+    after = "" if began is None else f", after {_one_line(describe_each(began))}"
+    yield f"saga {outcome.saga!r}: {outcome.state.value}{after}"
+    reports = {step.path: step for step in outcome.steps}
+    rows = [
+        (
+            ".".join(map(str, node.path)),
+            "  " * (len(node.path) - 1) + _label(node),
+            *_state_and_errors(node, reports.get(node.path)),
+        )
+        for node in outcome.tree[1:]
+    ]
+    widths = [
+        min(_WIDEST_COLUMN, max((len(row[column]) for row in rows), default=0)) for column in range(3)
+    ]
+    for *cells, errors in rows:
+        columns = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(["", *columns, errors]).rstrip()
+    if isinstance(error, CompensationFailed):
+        # What failed beside the compensations: a time limit, or a middleware around the rollback.
+        known = {id(report.compensation_error) for report in reports.values()}
+        for failure in error.failures:
+            if id(failure) not in known:
+                yield f"  going back: {_one_line(describe(failure))}"
+
+
+def _label(node: TreeNode) -> str:
+    if node.kind in ("saga", "group"):
+        kind = "parallel" if node.kind == "group" else "saga"
+        return kind if node.name == kind else f"{kind} {node.name!r}"
+    return _one_line(node.name)
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else repr(text)
+
+
+def _state_and_errors(node: TreeNode, report: StepReport | None) -> tuple[str, str]:
+    if report is None:
+        return ("passed" if node.passed else "not passed") if node.kind == "commit" else "", ""
+    errors = [] if report.error is None else [describe(report.error)]
+    if report.compensation_error is not None:
+        errors.append(f"going back: {describe(report.compensation_error)}")
+    return report.state.value, _one_line("; ".join(errors))
 
 
 def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:

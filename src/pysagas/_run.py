@@ -124,7 +124,7 @@ async def conclude(
         if raised is not None:
             attach_outcome(raised, outcome)
     if run.reported is not None:
-        run.reported.outcome = outcome
+        run.reported.settle(outcome, list(pending_names(root)))
     if restored and chosen is error and is_expected(error, expected):
         return outcome
     try:
@@ -282,7 +282,7 @@ class _WholeRollback:
         state = SagaState.FAILED if run.failures else SagaState.COMPENSATED
         self._later = Outcome(root, state, None, chosen if run.failures else None)
         if run.reported is not None:
-            run.reported.outcome = self._later
+            run.reported.settle(self._later, list(pending_names(root)))
         if chosen is None:
             return self._later
         attach_outcome(chosen, self._later)

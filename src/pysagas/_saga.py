@@ -31,8 +31,8 @@ from ._definitions import (
 from ._effects import Middleware
 from ._errors import SagaDefinitionError
 from ._forward import carry_out_parts
-from ._log import Run, SagaDefinition, Sequence
-from ._outcome import Outcome
+from ._log import Run, SagaDefinition, Sequence, tree_of
+from ._outcome import Outcome, TreeNode
 from ._run import run_plain, run_through
 from ._scope import SagaScope, call_function
 from ._signatures import call_problem, is_async, name_of, takes_positional
@@ -243,6 +243,15 @@ class Saga(SagaDefinition[P, T_co]):
         if self.function is None:
             return carry_out_parts(sequence, args, kwargs)
         return call_function(sequence, self.function, args, kwargs)
+
+    @property
+    def tree(self) -> tuple[TreeNode, ...]:
+        """All places in the saga, in the order of their paths: itself, groups, steps, commits.
+
+        What holds others comes before them. The steps of a function are known only from the outcome
+        of a run.
+        """
+        return tuple(tree_of(self))
 
     def holds_commit(self) -> bool:
         """Tells whether a `Commit` stands in it; what a function will do nobody knows."""

@@ -1,0 +1,5 @@
+"""Watching sagas: ready-made observers, a module each, imported by who uses it.
+
+`pysagas.observe.logging` writes lines of the standard ``logging``; `pysagas.observe.opentelemetry`
+makes spans and metrics.
+"""
