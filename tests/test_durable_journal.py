@@ -1135,6 +1135,28 @@ async def test_retry_of_a_member_that_failed_while_another_went_on(disk, shop):
     assert {1} == set(shop.begun.values())
 
 
+async def test_d8_a_compensation_that_was_ended_is_in_doubt_and_is_tried_again(disk, shop):
+    """What is no exception of the compensation's own leaves it in doubt: it is not recorded (D8)."""
+    quits = [Killed()]
+
+    async def back() -> None:
+        if quits:
+            raise quits.pop()
+        shop.take("a")
+
+    parts = [Step(lambda: shop.put("a"), back, name="a"), shop.step("b", fails=Boom("b"))]
+    whole = Saga(parts, name="s")
+    async with disk.process() as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(whole, run_id="r")
+        last = (await journal.history("r"))[-1]
+        assert (EventKind.COMPENSATING, "a") == (last.kind, last.name)
+        with pytest.raises(Boom):
+            await journal.retry(whole, "r")
+
+    assert set() == shop.there
+
+
 async def test_retry_that_is_killed_is_recovered(disk, shop):
     """A retry is a run like others: killed in the middle, it is recovered (D8)."""
     failing = ["b"]

@@ -249,8 +249,7 @@ def cut_off_before_its_first_effect(shop: Shop) -> Saga[..., Any]:
 
     @saga
     async def idle(scope: SagaScope) -> None:
-        for _ in range(50):
-            await checkpoint()
+        await anyio.Event().wait()
 
     @saga(name="s")
     async def whole(scope: SagaScope) -> None:
@@ -1560,6 +1559,14 @@ async def test_d3_a_member_that_was_cut_off_is_interrupted_when_nobody_else_come
                 assert [] == ended
 
     assert 1 == len(ended)
+
+
+@pytest.mark.anyio
+async def test_d3_a_member_that_did_nothing_and_does_not_come_is_not_waited_for():
+    """That a member had begun is recorded nowhere before its first effect: so it need not begin again (D3)."""
+    replay = replay_of(Event(EventKind.LEFT, (0, 0), "idle"))
+    with fail_after(ENOUGH), replay.branch((0, 1)), pytest.raises(Interrupted):
+        await replay.park(effect_at("action", 0, 1, 0), forward=True)
 
 
 @pytest.mark.anyio
