@@ -174,6 +174,26 @@ async def test_d1_a_step_for_which_somebody_answered_is_recalled_as_it_was(journ
     }
 
 
+async def test_d1_a_recorded_outcome_has_the_tree_of_the_first(disk, shop):
+    """An outcome from the journal shows groups, inner sagas and commits where the first did (D1)."""
+    inner = Saga([shop.step("c")], name="inner")
+    whole = Saga([Parallel(shop.step("a"), inner, name="both"), Commit(), shop.step("d")], name="s")
+    by_function = number_saga(shop)
+    async with disk.process() as journal:
+        first = await journal.run(whole, run_id="r")
+        await journal.run(by_function, 1, run_id="f")
+    async with disk.process() as journal:
+        second = await journal.run(whole, run_id="r")
+        of_function = await journal.run(by_function, 1, run_id="f")
+
+    assert first.tree == second.tree
+    assert ["saga", "group", "step", "saga", "step", "commit", "step"] == [
+        node.kind for node in second.tree
+    ]
+    assert str(first) == str(second)
+    assert ["saga", "step"] == [node.kind for node in of_function.tree]
+
+
 async def test_d1_a_recorded_outcome_takes_the_run_back_as_the_first_does(disk, shop):
     """In another process, too, a run that has completed is taken back by its outcome (D1)."""
     whole = number_saga(shop)

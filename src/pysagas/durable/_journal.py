@@ -491,7 +491,7 @@ class Journal(Storage):
         if outcome.state is not SagaState.COMPLETED:
             return outcome
         later = partial(self._taken_back_later, claim.key, run_id, middleware, outcome)
-        run = Recorded(saga.name, run_id, lambda: outcome.steps)
+        run = Recorded(saga.name, run_id, lambda: outcome.steps, lambda: outcome.tree)
         return Outcome(run, outcome.state, outcome.value, None, later)
 
     async def _leave_as_it_was(self, claim: Claim, reason: BaseException) -> None:
@@ -586,7 +586,7 @@ class Journal(Storage):
                 await self._end(claim.key, Ending(STATES[later.state], b"", None))
         if late is not None:
             raise late
-        run = Recorded(saga.name, run_id, lambda: later.steps)
+        run = Recorded(saga.name, run_id, lambda: later.steps, lambda: later.tree)
         return Outcome(run, later.state, cast("T", None), None)
 
     async def _ended(

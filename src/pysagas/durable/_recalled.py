@@ -13,6 +13,7 @@ from pysagas import (
     SagaState,
     StepReport,
     StepState,
+    TreeNode,
     attach_outcome,
 )
 
@@ -36,12 +37,19 @@ AnySaga = Saga[..., Any]
 
 
 class Recorded:
-    """A run that has ended, as its outcome needs it."""
+    """A run that has ended, as its outcome needs it; of a function the steps alone may be known."""
 
-    def __init__(self, saga: str, run_id: str, reports: Callable[[], tuple[StepReport, ...]]) -> None:
+    def __init__(
+        self,
+        saga: str,
+        run_id: str,
+        reports: Callable[[], tuple[StepReport, ...]],
+        tree: Callable[[], Iterable[TreeNode]] | None = None,
+    ) -> None:
         self.saga_name = saga
         self.run_id = run_id
         self.reports = reports
+        self.tree = tree
 
 
 def recalled(
@@ -64,8 +72,9 @@ def recalled(
         exceptions: As for `Saga.run`.
         take_back: Takes it back, if it completed.
     """
+    events = list(events)
     reports = _reports(events, codec)
-    run = Recorded(saga.name, run_id, lambda: reports)
+    run = Recorded(saga.name, run_id, lambda: reports, _tree_of(saga, events))
     state = SagaState[ending.state.name]
     if state is SagaState.COMPLETED:
         return Outcome(run, state, _value(ending.value, codec, saga, run_id), None, take_back)
@@ -85,6 +94,14 @@ def recalled(
     if state is SagaState.COMPENSATED and all(isinstance(leaf, expected) for leaf in leaves(error)):
         return outcome
     raise error
+
+
+def _tree_of(saga: AnySaga, events: Iterable[Event]) -> Callable[[], Iterable[TreeNode]] | None:
+    """Gives the tree of a run, as its definition says; None where that is a function."""
+    if saga.function is not None:
+        return None
+    commits = {event.path for event in events if event.kind is EventKind.COMMITTED}
+    return lambda: (node._replace(passed=node.path in commits) for node in saga.tree)
 
 
 def compensated(saga: str, run_id: str, events: Iterable[Event], codec: Codec) -> Outcome[Any]:
