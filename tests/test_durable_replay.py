@@ -52,7 +52,7 @@ from pysagas.durable._replay import Replay
 
 DEEP = os.environ.get("PYSAGAS_PROFILE") == "deep"
 # Of two deaths in a row, of which we take each how many-th first and second; in a deep test, all.
-EVERY = 1 if DEEP else 5
+EVERY = 1 if DEEP else 8
 ENOUGH = 30  # seconds, within which what hangs is found to hang
 
 Build = Callable[[Shop], Saga[..., Any]]
