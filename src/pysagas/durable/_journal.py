@@ -420,6 +420,7 @@ class Journal(Storage):
                 raise
             if isinstance(error, RunInterrupted):
                 ended: Outcome[Any] | None = error.outcome
+                _without_traceback(error)
             else:
                 # A result that cannot be recorded is the saga's failure, and no failure of the journal.
                 unknown = isinstance(error, JournalError) and not isinstance(error, NotRecordable)
@@ -655,6 +656,19 @@ def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run")
 def _check_on_crash(call: str, on_crash: object) -> None:
     if on_crash not in ("rollback", "resume"):
         raise ValueError(f'journal.{call}: on_crash must be "rollback" or "resume", not {on_crash!r}')
+
+
+def _without_traceback(error: RunInterrupted) -> None:
+    """Lets go of the frames of an interruption.
+
+    Where it came up is of no interest; and with the frames of thousands of runs alive, recovery is
+    mostly the garbage collector going through them again and again.
+    """
+    error.__traceback__ = None
+    ended = None if error.outcome is None else error.outcome.error
+    inner = () if ended is None else leaves(ended)
+    for interrupted in (leaf for leaf in inner if isinstance(leaf, Interrupted)):
+        interrupted.__traceback__ = interrupted.__context__ = None
 
 
 def _is_interruption(error: BaseException) -> bool:
