@@ -227,3 +227,18 @@ def test_a_saga_has_its_version():
         SagaBuilder.create(version="4").build().version,
         Saga([]).version,
     ]
+
+
+async def test_the_keys_of_a_run_that_is_carried_on_are_others():
+    """Where a run is carried on from its commit its effects have keys of their own."""
+    keys: list[str] = []
+
+    async def note(effect: Effect, call_next: CallNext) -> object:
+        keys.append(effect.key)
+        return await call_next()
+
+    whole = Saga([Step(lambda: None, name="a")], name="s", middleware=[note])
+    await whole.run_with(run_id="r")
+    await whole.run_with(run_id="r", carried_on=2)
+
+    assert ["r//saga", "r/0/action", "r~2//saga", "r~2/0/action"] == keys
