@@ -888,6 +888,46 @@ async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path)
     assert shop.begun == {"a": 1, "b": 1}
 
 
+async def test_d8_what_could_not_be_committed_is_still_to_be_recorded(path):
+    """That a run was taken back is forgotten when it is on disk, and not when it was only written (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r")
+            somebody.execute("ROLLBACK")
+
+            begun, go = threading.Event(), threading.Event()
+
+            def work(_: sqlite3.Connection) -> None:
+                begun.set()
+                assert go.wait(ENOUGH)
+
+            def full(_: sqlite3.Connection) -> None:
+                raise sqlite3.OperationalError("database or disk is full")
+
+            async def fails() -> None:
+                with pytest.raises(JournalError, match="disk is full"):
+                    await on_connection(journal, full)
+
+            async with create_task_group() as tasks:
+                # While this one is at work, the next batch gathers: a release, and what makes it fail.
+                tasks.start_soon(on_connection, journal, work)
+                await anyio.to_thread.run_sync(begun.wait)
+                tasks.start_soon(journal._release, 0)
+                await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(fails)
+                await anyio.wait_all_tasks_blocked()
+                go.set()
+            await journal._release(0)  # of no run: what is owed goes with it
+        assert kinds(path)[-1] == ("interrupted", "s")
+    info = await recovered_by_another(path, whole)
+
+    assert (info.state, shop.there) == (RunState.COMPENSATED, set())
+
+
 async def test_d8_what_was_taken_back_in_a_cancelled_scope_is_not_carried_on(path):
     """A cancellation does not keep it from being recorded that a run was taken back (D8)."""
     shop = Shop()

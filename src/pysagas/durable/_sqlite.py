@@ -17,8 +17,9 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -210,7 +211,7 @@ class SQLiteJournal(Journal):
     def _close(self, connection: sqlite3.Connection) -> None:
         """Lets go of all runs, of the lock and of the file; on the writer's thread."""
         with suppress(sqlite3.Error):
-            self._settle(connection)
+            _settle(connection, tuple(self._owed))
         if not self._in_hand:
             with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
                 connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
@@ -310,7 +311,7 @@ class SQLiteJournal(Journal):
         create: bool = False,
     ) -> Claim:
         def claim(connection: sqlite3.Connection) -> Claim:
-            self._settle(connection)
+            _settle(connection, owed)
             row = connection.execute(
                 "SELECT id, saga, version, args, state, owner, value, error FROM runs WHERE run_id = ?",
                 (run_id,),
@@ -340,6 +341,7 @@ class SQLiteJournal(Journal):
             return Claim(key)
 
         writer = self._open()
+        owed = tuple(self._owed)
         try:
             return await writer.call(claim)
         except anyio.get_cancelled_exc_class():
@@ -365,29 +367,19 @@ class SQLiteJournal(Journal):
             # It may be late: then somebody else may have the run by now.
             its = connection.execute("SELECT owner FROM runs WHERE id = ?", (key,)).fetchone()
             if its == (owner,):
-                self._put_last(connection, key, last)
+                if last is not None:
+                    connection.execute(INSERT, _row(key, _next_seq(connection, key), last))
                 connection.execute("UPDATE runs SET owner = NULL WHERE id = ?", (key,))
 
         self._next_seq.pop(key, None)
         # Or a recovery that resumes would carry on what has been taken back.
         self._owed.append(release)
+        owed = tuple(self._owed)
         with suppress(JournalError), anyio.CancelScope(shield=True):
             self._open().forget(key)
-            await self._open().call(self._settle)
-
-    def _settle(self, connection: sqlite3.Connection) -> None:
-        """Lets go of runs; of those, too, of which that could not be recorded before."""
-        while self._owed:
-            self._owed[0](connection)
-            del self._owed[0]
-
-    def _put_last(self, connection: sqlite3.Connection, key: int, last: Event | None) -> None:
-        """Puts an event behind what is on disk of a run."""
-        if last is not None:
-            (seq,) = connection.execute(
-                "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?", (key,)
-            ).fetchone()
-            connection.execute(INSERT, _row(key, seq, last))
+            await self._open().call(partial(_settle, owed=owed))
+            # Not before it is on disk: a second time each of them finds nothing to do.
+            self._owed = [one for one in self._owed if one not in owed]
 
     async def _load(self, key: int) -> list[Event]:
         def load(connection: sqlite3.Connection) -> list[Any]:
@@ -440,14 +432,11 @@ class SQLiteJournal(Journal):
                 if row is None:
                     raise RunGone("this run")
                 raise not_so_any_more(row[0], RunState(row[1]), was)
-            (last,) = connection.execute(
-                "SELECT coalesce(max(seq), -1) FROM events WHERE run = ?", (key,)
-            ).fetchone()
-            return cast("int", last)
+            return _next_seq(connection, key)
 
-        last = await self._open().call(reopen)
+        next_seq = await self._open().call(reopen)
         self._open().forget(key)
-        self._next_seq[key] = last + 1
+        self._next_seq[key] = next_seq
 
     async def _unfinished(self) -> list[Stored]:
         def unfinished(connection: sqlite3.Connection) -> list[Stored]:
@@ -539,6 +528,20 @@ class SQLiteJournal(Journal):
             return pruned
 
         return await self._open().call(prune)
+
+
+def _settle(
+    connection: sqlite3.Connection, owed: Iterable[Callable[[sqlite3.Connection], None]]
+) -> None:
+    """Lets go of runs; of those, too, of which that could not be recorded before."""
+    for release in owed:
+        release(connection)
+
+
+def _next_seq(connection: sqlite3.Connection, key: int) -> int:
+    query = "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?"
+    (seq,) = connection.execute(query, (key,)).fetchone()
+    return cast("int", seq)
 
 
 def _row(key: int, seq: int, event: Event) -> Row:
