@@ -18,6 +18,8 @@ from ._errors import NotRecordable, RecordedError
 __all__ = [
     "Codec",
     "JSONCodec",
+    "as_bytes",
+    "as_text",
     "decode_arguments",
     "decode_error",
     "encode_arguments",
@@ -297,6 +299,16 @@ def _parameters(function: Any) -> Iterable[inspect.Parameter]:
 
 def _typed(codec: Codec, value: object, kind: Any) -> Any:
     return value if kind is Any else codec.decode(codec.encode(value), kind)
+
+
+def as_text(data: bytes) -> str:
+    """Gives bytes as text for JSON, whatever the codec: each byte is a character."""
+    return data.decode("latin-1")
+
+
+def as_bytes(text: str) -> bytes:
+    """Gives the bytes back."""
+    return text.encode("latin-1")
 
 
 # --- exceptions ---------------------------------------------------------------------------------

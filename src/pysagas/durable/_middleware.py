@@ -18,7 +18,16 @@ import anyio.lowlevel
 
 from pysagas import CallNext, Effect, Saga, StepInHand, StepState
 
-from ._codec import Codec, decode_error, encode_error, encode_result, return_type, text_of
+from ._codec import (
+    Codec,
+    as_bytes,
+    as_text,
+    decode_error,
+    encode_error,
+    encode_result,
+    return_type,
+    text_of,
+)
 from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
 from ._events import Event, EventKind, Path, relevant
 from ._recalled import value_type
@@ -207,12 +216,12 @@ class RunMiddleware:
         state = StepState(data["state"])
         result = None
         if data["result"] is not None:
-            result = self._decode(_bytes(data["result"]), kind, effect)
+            result = self._decode(as_bytes(data["result"]), kind, effect)
         elif state is StepState.COMPLETED:
             state = self._recall_lost(effect, step)
         if event.kind is EventKind.ANSWERED:
             step.recall(state, result=result)
-            return self._decode(_bytes(data["answer"]), kind if data["typed"] else Any, effect)
+            return self._decode(as_bytes(data["answer"]), kind if data["typed"] else Any, effect)
         error = decode_error(data["error"])
         step.recall(state, result=result, error=error)
         raise error
@@ -272,7 +281,7 @@ class RunMiddleware:
             # A cancellation is no result; but the action had returned before, or this step is not in
             # doubt, and will not be compensated.
             if result is not None:
-                self._append(EventKind.DONE, effect, _bytes(result))
+                self._append(EventKind.DONE, effect, as_bytes(result))
             self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
 
     def _encode_answer(self, effect: Effect, step: StepInHand, answer: object) -> bytes:
@@ -285,7 +294,7 @@ class RunMiddleware:
         answered = {
             "state": step.state.value,
             "result": self._encode_result(effect, step),
-            "answer": _text(data),
+            "answer": as_text(data),
             "typed": typed,
         }
         return json.dumps(answered).encode()
@@ -295,7 +304,7 @@ class RunMiddleware:
         if step.state is not StepState.COMPLETED:
             return None
         try:
-            return _text(self._encode(effect, step, step.result))
+            return as_text(self._encode(effect, step, step.result))
         except NotRecordable:
             return None
 
@@ -403,14 +412,3 @@ class RunMiddleware:
                 except anyio.get_cancelled_exc_class() as error:
                     late = error
         return late
-
-
-# Text, whatever the codec: each byte is a character.
-
-
-def _text(data: bytes) -> str:
-    return data.decode("latin-1")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("latin-1")

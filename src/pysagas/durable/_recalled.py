@@ -17,7 +17,7 @@ from pysagas import (
     attach_outcome,
 )
 
-from ._codec import Codec, decode_error, return_type
+from ._codec import Codec, as_bytes, decode_error, return_type
 from ._errors import Interrupted, RecordedError, RunInterrupted, SagaChanged
 from ._events import Event, EventKind, relevant
 from ._storage import Ending
@@ -208,10 +208,6 @@ def _answered(data: dict[str, Any], codec: Codec) -> dict[str, Any]:
     """Gives the state and the result of a step for which somebody has answered."""
     state = StepState(data["state"])
     if state is StepState.NOT_STARTED:  # and nothing else was: for its caller it is completed
-        return {"state": StepState.COMPLETED, "result": codec.decode(_bytes(data["answer"]), Any)}
-    result = None if data["result"] is None else codec.decode(_bytes(data["result"]), Any)
+        return {"state": StepState.COMPLETED, "result": codec.decode(as_bytes(data["answer"]), Any)}
+    result = None if data["result"] is None else codec.decode(as_bytes(data["result"]), Any)
     return {"state": state, "result": result}
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("latin-1")
