@@ -104,8 +104,10 @@ class Model(ABC):
 
     def act_back(self, step: Step, line: History) -> str:
         way = self.way_back(step)
-        if way is None or not self.begins(step, "back"):
+        if way is None:
             return "done"
+        if not self.begins(step, "back"):
+            return "compensation failed"  # G2: nor is this taken back
         line.append(Event(way, step.name))
         end = self.ends(step, "back", line)
         self.state[step.name] = "COMPENSATED" if end == "done" else "COMPENSATION_FAILED"

@@ -54,6 +54,7 @@ from pysagas import (
     SagaScope,
     SagaState,
     ScopeBusy,
+    ScopeClosed,
     Step,
     StepState,
     open_saga,
@@ -699,6 +700,45 @@ async def test_g11_stop_after_a_failed_call_on_a_scope(world: World) -> None:
 
     error = await failed(function())
     assert states(error.outcome) == {"a": "COMPLETED", "b": "COMPENSATION_FAILED"}
+
+
+async def test_g2_stop_keeps_a_siblings_call_from_being_taken_back(world: World) -> None:
+    """With "stop", a call that nothing takes back any more raises what a failed rollback raises."""
+    stopped = Event()
+    raised: list[BaseException] = []
+
+    @saga
+    async def first(scope: SagaScope) -> None:
+        try:
+            await scope.step(world.step("b", lane="g.1", after=Boom(), back=Crash()))
+        finally:
+            stopped.set()
+
+    @saga
+    async def second(scope: SagaScope) -> None:
+        await stopped.wait()
+        try:
+            await scope.step(world.step("c", lane="g.2", after=Boom()))
+        except Boom:
+            await scope.step(world.step("d", lane="g.2"))
+        except CompensationFailed as error:
+            raised.append(error)
+            with pytest.raises(ScopeClosed):
+                await scope.step(world.step("d", lane="g.2"))
+            raise
+
+    @saga(on_compensation_failure="stop")
+    async def function(scope: SagaScope) -> None:
+        await scope.step(world.step("a"))
+        await scope.parallel(first, second, on_failure="finish")
+
+    error = await failed(function())
+    assert states(error.outcome) == {"a": "COMPLETED", "b": "COMPENSATION_FAILED", "c": "UNKNOWN"}
+    assert "not even begun: 'c', 'a'" in str(error)
+    (call,) = raised
+    assert isinstance(call, CompensationFailed)
+    assert isinstance(call.error, Boom)
+    assert [str(failure) for failure in call.failures] == [str(failure) for failure in error.failures]
 
 
 async def test_g11_one_exception_object_raised_again_and_again(world: World) -> None:

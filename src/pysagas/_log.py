@@ -329,6 +329,15 @@ class Sequence:
             level = level.parent
         return False
 
+    def halted_at(self, path: tuple[int, ...]) -> tuple[int, ...]:
+        """Gives the path of the innermost saga around that begins no more; else the one given."""
+        level: Sequence | None = self
+        while level is not None:
+            if level.halted:
+                return level.path
+            level = level.parent
+        return path
+
     def deadline(self) -> float:
         """The time at which the rollback under way has to end; infinity where there is no limit."""
         deadline = inf

@@ -512,6 +512,10 @@ class SagaScope:
         sequence.in_flight = False
         if must_take_back(entry):
             late = await roll_back(sequence, index, entry.name, path)
+        if must_take_back(entry):
+            # What failed elsewhere kept this from being taken back: that is this call's failure too,
+            # else its caller would go another way while it stands.
+            path = sequence.halted_at(path)
         chosen = verdict(sequence, path, error, late)
         self._in_use = None
         if sequence.run.failures_in(path):
