@@ -244,6 +244,34 @@ def caught_group(shop: Shop) -> Saga[..., Any]:
     return whole
 
 
+def caught_as_a_sibling_fails(shop: Shop) -> Saga[..., Any]:
+    """A function catches its group's failure at the moment at which a sibling of the function fails."""
+    broken = anyio.Event()
+
+    async def tells(effect: Any, call_next: Any) -> object:
+        try:
+            return await call_next()
+        finally:
+            if effect.kind == "group":
+                broken.set()
+
+    async def waits(effect: Any, call_next: Any) -> object:
+        result = await call_next()
+        if effect.kind == "action" and not shop.journal.dead:
+            await broken.wait()
+            raise Boom("sibling")
+        return result
+
+    @saga(middleware=[tells])
+    async def catches(scope: SagaScope) -> None:
+        members = [shop.step("a").bind(), shop.step("b", fails=Boom("b")).bind()]
+        with suppress(ExceptionGroup):
+            await scope.parallel(*members, on_failure="finish")
+
+    sibling = Saga([shop.step("c")], middleware=[waits])
+    return Saga([Parallel(sibling, catches)], name="s")
+
+
 def cut_off_before_its_first_effect(shop: Shop) -> Saga[..., Any]:
     """Of a member that was cancelled before it did anything nothing is recorded but that it left."""
 
@@ -264,6 +292,7 @@ SHAPES: list[Build] = [
     cut_off_before_its_first_effect,
     member_that_takes_itself_back,
     caught_group,
+    caught_as_a_sibling_fails,
     sequence,
     failing_sequence,
     inner_sagas,

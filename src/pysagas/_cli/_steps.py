@@ -18,7 +18,7 @@ ENDED = {
     EventKind.COMPENSATED: "compensated",
     EventKind.NOT_COMPENSATED: "compensation failed",
 }
-OF_GROUPS = {EventKind.JOINED, EventKind.LEFT}
+OF_GROUPS = {EventKind.JOINED, EventKind.BROKEN, EventKind.LEFT}
 # What is no step: a line for each, since there may be several of one path.
 MARKS = {
     EventKind.COMMITTED: ("commit", "passed"),

@@ -38,6 +38,8 @@ class EventKind(Enum):
     """It was cancelled where it had done nothing, or had returned; the data is the state of the step."""
     JOINED = "joined"
     """All members of a group have ended well, and no cancellation cut that off; or all of a member."""
+    BROKEN = "broken"
+    """A group has failed, and no cancellation cut that off; its caller may go another way."""
     LEFT = "left"
     """A member of a group has ended otherwise: it failed, or was cancelled."""
     INTERRUPTED = "interrupted"
@@ -60,7 +62,8 @@ FROM_COMMIT = b"from its commit"
 """The data of a retry that carries a run on from its commit, when all that came after is taken back."""
 
 BACK = {EventKind.COMPENSATING, EventKind.COMPENSATED, EventKind.NOT_COMPENSATED}
-BACKWARD = {*BACK, EventKind.ROLLBACK, EventKind.LEFT, EventKind.INTERRUPTED}
+BAD_ENDS = {EventKind.LEFT, EventKind.BROKEN}
+BACKWARD = {*BACK, *BAD_ENDS, EventKind.ROLLBACK, EventKind.INTERRUPTED}
 
 
 class RunState(Enum):
@@ -178,7 +181,7 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
             if any(below(other, path) for other in failed):
                 failed.append(path)
                 continue
-        elif event.kind is EventKind.LEFT and any(below(other, path) for other in failed):
+        elif event.kind in BAD_ENDS and any(below(other, path) for other in failed):
             continue  # so did this
         elif event.kind in BACK:
             if path not in done:

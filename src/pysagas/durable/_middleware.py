@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 import anyio
@@ -151,10 +152,14 @@ class RunMiddleware:
                 # It is chance whether a member was interrupted, or cancelled since another one failed
                 # first; a function that catches the failure must not go on in one recovery only.
                 raise replay.stopped from error
+            if is_group and not replay.is_member(effect):
+                # Whoever called it may go another way, and in a replay must not be cancelled before.
+                with suppress(Interrupted):  # sticky: what comes next meets it too
+                    await self._end(effect, EventKind.BROKEN)
             raise
         replay.check_over(effect)
-        if (is_group or replay.is_member(effect)) and not await replay.join(effect):
-            self._append(EventKind.JOINED, effect)
+        if is_group or replay.is_member(effect):
+            await self._end(effect, EventKind.JOINED)
         if not effect.path:
             replay.check_completed()
             if self.broken is not None:
@@ -163,6 +168,10 @@ class RunMiddleware:
                 self._codec, result, value_type(self._saga), f"saga {self._saga.name!r}"
             )
         return result
+
+    async def _end(self, effect: Effect, how: EventKind) -> None:
+        if not await self.replay.end(effect, how):
+            self._append(how, effect)
 
     @property
     def goes_on(self) -> bool:

@@ -33,7 +33,7 @@ from ._events import BACK, Event, EventKind, Path, below
 
 __all__ = ["Replay"]
 
-ENDS = {EventKind.JOINED, EventKind.LEFT}
+ENDS = {EventKind.JOINED, EventKind.BROKEN, EventKind.LEFT}
 ACTION = {
     EventKind.STARTED,
     EventKind.DONE,
@@ -157,22 +157,22 @@ class Replay:
         self._wake(self._met)
         return await self._take(indexes, effect)
 
-    async def join(self, effect: Effect) -> bool:
-        """Waits until a group, or a member of one, may end well; tells whether that is recorded.
+    async def end(self, effect: Effect, how: EventKind) -> bool:
+        """Waits until a group, or a member of one, may end; tells whether that is recorded.
 
         Raises:
             Interrupted: It may not.
         """
         indexes = self._known.get(("end", effect.path), [])
-        joined = any(self._history[index].kind is EventKind.JOINED for index in indexes)
-        if joined:
+        recorded = any(self._history[index].kind is how for index in indexes)
+        if recorded:
             del self._known["end", effect.path]
             self._wake(self._met)
             await self._take(indexes, effect)
         else:
             # If it was cut off where nothing was left to do, what did that comes here again.
             await self.go_forward(effect)
-        return joined
+        return recorded
 
     async def leave(self, effect: Effect) -> bool:
         """Waits until a member that did not end well may leave its group; tells whether that is recorded.
