@@ -1599,6 +1599,14 @@ async def test_d3_a_member_that_did_nothing_and_does_not_come_is_not_waited_for(
 
 
 @pytest.mark.anyio
+async def test_d3_a_member_may_come_further_than_it_had_before_its_group_broke():
+    """What cut a member off comes again: until then it may begin what it had not come to (D3)."""
+    replay = replay_of(Event(EventKind.BROKEN, (0,), "group"))
+    with replay.branch((0, 1)):
+        assert [] == await replay.meet(effect_at("action", 0, 1, 0))
+
+
+@pytest.mark.anyio
 async def test_d4_a_run_that_is_given_up_lets_nothing_go_on():
     """Who was waiting is told why the run is given up, and so is whoever ends after that (D4)."""
     replay = replay_of(Event(EventKind.STARTED, (0, 0), "a"), Event(EventKind.STARTED, (0, 1), "b"))

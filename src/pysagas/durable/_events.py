@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 __all__ = [
     "BACK",
+    "BAD_ENDS",
     "FROM_COMMIT",
     "Event",
     "EventKind",

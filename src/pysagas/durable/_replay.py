@@ -29,7 +29,7 @@ import anyio.lowlevel
 from pysagas import Effect
 
 from ._errors import Interrupted, RecordedError, SagaChanged
-from ._events import BACK, Event, EventKind, Path, below
+from ._events import BACK, BAD_ENDS, Event, EventKind, Path, below
 
 __all__ = ["Replay"]
 
@@ -448,7 +448,7 @@ class Replay:
         if index < len(self._history):
             kinds = FORWARD | BACK
         for event in self._history[self._cursor : index]:
-            if event.kind is EventKind.LEFT and below(effect.path, event.path):
+            if event.kind in BAD_ENDS and below(effect.path, event.path):
                 continue  # it was cut off before it came here
             if event.kind in kinds and not self._apart(effect.path, event.path):
                 met = f"{effect.kind} {effect.name!r} at {effect.path} comes in its place"
