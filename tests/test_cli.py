@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from contextlib import closing
@@ -22,7 +23,7 @@ import pytest
 
 import pysagas as core
 from pysagas import _cli
-from pysagas._cli import _print, _steps
+from pysagas._cli import _print, _steps, _watch
 from pysagas.durable import Event, EventKind, SQLiteJournal
 
 ROOT = Path(__file__).parent.parent
@@ -443,6 +444,171 @@ def test_results_of_another_codec():
     """What is no JSON is shown as text."""
     assert _steps.recorded_result(b'{"a": 1}') == {"a": 1}
     assert _steps.recorded_result(b"\xffx") == "\ufffdx"
+
+
+# --- watch --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def between_looks(monkeypatch):
+    """Gives what sets what happens between the looks of a watch; after the last comes Ctrl-C."""
+
+    def set_looks(*happens):
+        left = [*happens]
+
+        async def sleep(seconds):
+            if not left:
+                raise KeyboardInterrupt
+            await anyio.to_thread.run_sync(left.pop(0))
+
+        monkeypatch.setattr(_watch, "sleep", sleep)
+
+    return set_looks
+
+
+@pytest.fixture
+def in_terminal(pysagas, monkeypatch):
+    """Runs a command line in a terminal; gives what it shows, without the codes."""
+
+    def run(*arguments, lines=8, **options):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("LINES", str(lines))
+        out = pysagas(*arguments, **options)
+        assert out.endswith("\x1b[?25h")  # the cursor is there again
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
+
+    return run
+
+
+def without_prints(text):
+    """Text without what the shop prints."""
+    return re.sub(r"(reserve|release) \w+\n", "", text)
+
+
+class Living:
+    """A run in another thread, and there in another journal on the file, that waits in `ship`."""
+
+    def __init__(self, shop, path, call):
+        arrived = threading.Event()
+        self.may_go_on = threading.Event()
+
+        def wait():
+            arrived.set()
+            assert self.may_go_on.wait(20)
+
+        shop.hook = wait
+        self.thread = threading.Thread(target=run_sagas, args=(path, call))
+        self.thread.start()
+        assert arrived.wait(20)
+
+    def end(self):
+        self.may_go_on.set()
+        self.thread.join()
+
+
+def test_watch(journal, shop, pysagas, between_looks):
+    """What is under way when it begins, and each run that begins or ends from then on, is a line."""
+    started = []
+    between_looks(
+        lambda: started.append(Living(shop, journal, (shop.order, "lamp", "order-6"))),
+        lambda: started[0].end(),
+        lambda: run_sagas(journal, (shop.order, "piano", "order-7")),
+        bool,
+    )
+    out = without_prints(pysagas("watch", "--journal", journal, status=130))
+    assert normal(out) == (
+        "2026-11-23 05:30:12  order-3  order  interrupted\n"
+        "2026-11-23 05:30:12  order-6  order  running\n"
+        "2026-11-23 05:30:12  order-6  order  completed\n"
+        "2026-11-23 05:30:12  order-7  order  compensated: ValueError: too heavy\n"
+    )
+
+
+def test_watch_on_a_terminal(journal, shop, in_terminal, between_looks):
+    """A terminal has a table: what has ended meanwhile, and with what; what is under way, and where."""
+    living = Living(shop, journal, (shop.order, "lamp", "order-6"))
+    between_looks(
+        lambda: run_sagas(journal, (shop.order, "piano", "order-7")),
+        living.end,
+        lambda: run_sagas(journal, *[(shop.order, "lamp", f"more-{n}") for n in range(4)]),
+    )
+    shown = normal(without_prints(in_terminal("watch", "--journal", journal, status=130)))
+    _, *tables = re.split(r"RUN +SAGA +STATE +STARTED +FOR +DONE +NOW", shown)
+    looks = [
+        [re.sub(" +", " ", re.sub(r"2026-.* s ", "", row)).strip() for row in rows.strip().split("\n")]
+        for rows in tables
+    ]
+    in_doubt, under_way = "order-3 order interrupted 1 in doubt: ship", "order-6 order running 1 ship"
+    failed, done = "order-7 order compensated 0 ValueError: too heavy", "order-6 order completed 2 -"
+    different = [look for before, look in zip([[], *looks], looks) if look != before]
+    assert different == [
+        [in_doubt, under_way],
+        [failed, in_doubt, under_way],
+        [failed, done, in_doubt],
+        [*(f"more-{n} order completed 2 -" for n in range(4)), in_doubt],
+    ]
+
+
+def test_watch_where_nothing_happens(shop, in_terminal, between_looks):
+    """Where nothing is under way, it says so, and waits."""
+    run_sagas("sagas.db", (shop.order, "lamp", "order-1"))
+    between_looks()
+    assert "No run is under way." in in_terminal("watch", "--journal", "sagas.db", status=130)
+
+
+def test_watch_where_there_is_no_room(shop, journal, in_terminal, between_looks):
+    """What a terminal has no room for is counted; it is what began last."""
+    living = Living(shop, journal, (shop.order, "lamp", "order-6"))
+    between_looks()
+    out = in_terminal("watch", "--journal", journal, status=130, lines=4)
+    living.end()
+    assert "order-3" in out
+    assert "order-6" not in out
+    assert "and 1 more that are under way" in out
+
+
+def test_watch_of_a_run(shop, pysagas, between_looks):
+    """One run is shown step by step, until it has ended; the status tells whether it ended well."""
+    Path("broken").touch()
+    living = Living(shop, "sagas.db", (shop.order, "lamp", "order-1"))
+    between_looks(bool, living.end)
+    assert normal(pysagas("watch", "order-1", "--journal", "sagas.db")) == (
+        '+0.00 s  0  reserve  completed  {"left":4}\n'
+        "+0.00 s  1  ship  running  -\n"
+        "+0.00 s  1  ship  completed  null\n"
+        "order-1  order  completed\n"
+    )
+    run_sagas("sagas.db", (shop.order, "piano", "order-2"))
+    out = pysagas("watch", "order-2", "--journal", "sagas.db", status=1)
+    assert "reserve  compensation failed  ConnectionError: no answer\n" in out
+    assert "\norder-2  order  failed: CompensationFailed: " in out
+
+
+def test_watch_of_a_run_on_a_terminal(journal, in_terminal):
+    """A terminal has the table of its steps; one whose process has died has ended, in a way."""
+    out = in_terminal("watch", "order-3", "--journal", journal, status=1)
+    assert "order-3  order  interrupted" in out
+    assert "PATH  STEP" in out
+    assert re.search(r"1 +ship +unknown", out)
+
+
+def test_watch_refuses(journal, refused):
+    """A run that is not there, and a pause that is none, are bad usage."""
+    assert "run 'nobody' is not in the journal" in refused("watch", "nobody", "--journal", journal)
+    assert "--every" in refused("watch", "--every", "0", "--journal", journal)
+
+
+def test_watch_names_what_is_taken_back():
+    """A compensation that is under way is named as such."""
+    events = [
+        Event(EventKind.STARTED, (0,), "a"),
+        Event(EventKind.DONE, (0,), "a", b"1"),
+        Event(EventKind.JOINED, (1,), "parallel"),
+        Event(EventKind.COMPENSATING, (0,), "a"),
+    ]
+    assert [*_watch._now(_steps.step_lines(events, running=True))] == ["taking back a"]
 
 
 # --- recover ------------------------------------------------------------------------------------

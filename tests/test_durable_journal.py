@@ -1321,6 +1321,8 @@ async def test_runs_and_history(disk, shop):
                 await journal.run(one, run_id=run_id)
         infos = await journal.runs()
         compensated = await journal.runs(state=RunState.COMPENSATED)
+        (ended,) = [info.ended for info in infos if info.run_id == "3"]
+        late = await journal.runs(since=ended)
         events = await journal.history("1")
         with pytest.raises(JournalError, match="run 'none' is not in the journal"):
             await journal.history("none")
@@ -1336,6 +1338,8 @@ async def test_runs_and_history(disk, shop):
     for info in infos:
         assert before <= info.started <= (info.ended or info.started) <= time.time()
     assert (None, True) == (infos[0].ended, all(info.ended for info in infos[1:]))
+    # What has not ended had not ended before, whenever that was.
+    assert [infos[0], infos[-1]] == late
     assert [(EventKind.STARTED, (0,), "a", b""), (EventKind.DONE, (0,), "a", b'"result of a"')] == [
         event[:4] for event in events
     ]

@@ -994,6 +994,17 @@ async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
     assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
 
 
+async def test_d6_who_looks_on_needs_no_lock(path):
+    """While another process writes, runs and histories can be read: and so reading keeps nobody waiting (D6)."""
+    async with SQLiteJournal(path, busy_timeout=0) as journal:
+        await journal.run(abc(Shop()), run_id="r")
+        with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            (info,) = await journal.runs()
+            assert 6 == len(await journal.history(info.run_id))
+            somebody.execute("ROLLBACK")
+
+
 async def test_d8_a_locked_file_leaves_a_run_past_its_commit_to_recovery(path):
     """Past its commit nothing is taken back; that the run is let go need not be recorded (D8)."""
     shop = Shop()

@@ -22,7 +22,16 @@ from pysagas.durable import JournalError, RunInfo, RunInterrupted, RunState, SQL
 
 from ._app import AnySaga, BadApp, open_app
 from ._print import local_time, print_json, print_table, say, utc_time
-from ._steps import StepLine, recorded_result, step_lines
+from ._runs import State, saga_of, state_of
+from ._steps import (
+    CUT_STEP_COLUMNS,
+    STEP_COLUMNS,
+    StepLine,
+    recorded_result,
+    step_lines,
+    step_rows,
+)
+from ._watch import watch_run, watch_runs
 
 __all__ = ["run"]
 
@@ -32,7 +41,7 @@ FINE, LEFT_TO_DO, BAD_USAGE = 0, 1, 64
 
 STATUSES = (
     f"Exit status: {FINE} fine; {LEFT_TO_DO} something is left to do: `recover` found runs that it could "
-    "not go on with, or that have failed, or a `retry` has failed again; "
+    "not go on with, or that have failed, or a `retry` has failed again, or the run that was watched has not ended well; "
     f"{BAD_USAGE} bad usage: the command line, or what it names, is wrong, and nothing was done. "
     "`pysagas demo` has its own."
 )
@@ -48,16 +57,6 @@ commands = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class State(StrEnum):
-    """How a run stands. A running one whose process is dead is said to be interrupted."""
-
-    RUNNING = "running"
-    INTERRUPTED = "interrupted"
-    COMPLETED = "completed"
-    COMPENSATED = "compensated"
-    FAILED = "failed"
 
 
 class Backend(StrEnum):
@@ -175,25 +174,35 @@ def show(run_id: RunArgument, journal: JournalOption, as_json: JSONOption = Fals
         say(f"error    {info.error}")
     if lines:
         say("")
-        print_table(
-            ("PATH", "STEP", "STATE", "STARTED", "LAST", "RECORDED"),
-            [
-                (
-                    ".".join(map(str, line.path)) or "-",
-                    line.name if line.kind == "step" else f"({line.kind}) {line.name}",
-                    line.state,
-                    f"+{line.started - info.started:.2f} s",
-                    f"+{line.last - info.started:.2f} s",
-                    line.error or (line.result or b"-").decode(errors="replace"),
-                )
-                for line in lines
-            ],
-            cut=("STEP", "RECORDED"),
-        )
+        print_table(STEP_COLUMNS, step_rows(info, lines), cut=CUT_STEP_COLUMNS)
     in_doubt = [line.name for line in lines if line.in_doubt]
     if in_doubt:
         say(f"\nIN DOUBT (begun, and nobody knows what came of it): {', '.join(in_doubt)}")
     return FINE
+
+
+@commands.command(epilog=STATUSES)
+def watch(
+    journal: JournalOption,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Only this run, step by step, to its end.")
+    ] = None,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.01, help="How long to wait between two looks.")
+    ] = 0.5,
+) -> int:
+    """Shows the runs while they go, until Ctrl-C; or one run, until it has ended.
+
+    A terminal shows what is under way, and what has ended meanwhile; elsewhere each change is a line.
+    """
+
+    async def work(opened: SQLiteJournal) -> State:
+        if run_id is None:
+            return await watch_runs(opened, every)
+        return await watch_run(opened, (await find(opened, run_id)).run_id, every)
+
+    state = in_journal(journal, work)
+    return FINE if state in (State.COMPLETED, State.COMPENSATED) else LEFT_TO_DO
 
 
 # --- doing --------------------------------------------------------------------------------------
@@ -395,12 +404,6 @@ async def find(journal: SQLiteJournal, run_id: str) -> RunInfo:
     raise typer.BadParameter(f"run {run_id!r} is not in the journal", param_hint="RUN")
 
 
-def state_of(info: RunInfo) -> State:
-    if info.state is RunState.RUNNING and not info.alive:
-        return State.INTERRUPTED
-    return State(info.state.value)
-
-
 WORDS = {
     State.RUNNING: "running, in a process that lives",
     State.INTERRUPTED: "interrupted: its process died; `pysagas recover` goes on from here",
@@ -408,10 +411,6 @@ WORDS = {
     State.COMPENSATED: "compensated: all was taken back",
     State.FAILED: "failed: mend the cause, then `pysagas retry` it",
 }
-
-
-def saga_of(info: RunInfo) -> str:
-    return info.saga if info.version is None else f"{info.saga}, version {info.version}"
 
 
 def run_object(info: RunInfo) -> dict[str, object]:

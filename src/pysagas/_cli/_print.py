@@ -10,7 +10,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["local_time", "print_json", "print_table", "say", "utc_time"]
+__all__ = ["local_time", "one_line", "print_json", "print_table", "say", "table", "utc_time"]
 
 # By the first word of a cell.
 COLOURS = {
@@ -34,9 +34,21 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Co
         rows: The cells.
         cut: The columns that are cut off where a terminal is too narrow; the others are short.
     """
+    console = Console()
+    for text in table(header, rows, cut=cut, console=console):
+        if console.is_terminal:
+            console.print(text, no_wrap=True, overflow="ellipsis")
+        else:  # nothing is cut off where no person looks
+            console.print(text, soft_wrap=True)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Collection[str], console: Console
+) -> list[Text]:
+    """Gives the lines of a table, as `print_table` prints them."""
     lines = [[*map(one_line, row)] for row in (header, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    console = Console()
+    texts: list[Text] = []
     if console.is_terminal:
         fit(widths, [index for index, name in enumerate(header) if name in cut], console.width)
     for number, line in enumerate(lines):
@@ -48,12 +60,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, cut: Co
             )
             for cell, width in zip(line, widths, strict=True)
         ]
-        text = Text("  ").join(cells)
+        text = Text("  ", no_wrap=True, overflow="ellipsis").join(cells)
         text.rstrip()
-        if console.is_terminal:
-            console.print(text, no_wrap=True, overflow="ellipsis")
-        else:  # nothing is cut off where no person looks
-            console.print(text, soft_wrap=True)
+        texts.append(text)
+    return texts
 
 
 def fit(widths: list[int], cut: Sequence[int], available: int) -> None:

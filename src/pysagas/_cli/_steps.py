@@ -7,9 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pysagas.durable import Event, EventKind
+from pysagas.durable import Event, EventKind, RunInfo
 
-__all__ = ["StepLine", "error_text", "recorded_result", "step_lines"]
+__all__ = [
+    "CUT_STEP_COLUMNS",
+    "STEP_COLUMNS",
+    "StepLine",
+    "error_text",
+    "recorded_result",
+    "step_lines",
+    "step_rows",
+]
 
 # Begun, and no word of an end: so, if the process is dead, nobody knows.
 OPEN = {EventKind.STARTED: "running", EventKind.COMPENSATING: "compensating"}
@@ -97,6 +105,25 @@ def step_lines(events: Iterable[Event], *, running: bool) -> list[StepLine]:
             case _:
                 pass
     return list(lines.values())
+
+
+STEP_COLUMNS = ("PATH", "STEP", "STATE", "STARTED", "LAST", "RECORDED")
+CUT_STEP_COLUMNS = ("STEP", "RECORDED")
+
+
+def step_rows(info: RunInfo, lines: Iterable[StepLine]) -> list[tuple[str, ...]]:
+    """Gives the cells of the table of a run's steps; times are seconds since it started."""
+    return [
+        (
+            ".".join(map(str, line.path)) or "-",
+            line.name if line.kind == "step" else f"({line.kind}) {line.name}",
+            line.state,
+            f"+{line.started - info.started:.2f} s",
+            f"+{line.last - info.started:.2f} s",
+            line.error or (line.result or b"-").decode(errors="replace"),
+        )
+        for line in lines
+    ]
 
 
 def error_text(recorded: dict[str, Any]) -> str:

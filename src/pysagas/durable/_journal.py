@@ -311,9 +311,15 @@ class Journal(Storage):
             # It has passed its commit, and all that came after that is taken back now.
             return await self._try_again(claim, run_id, saga, call, exceptions, FROM_COMMIT)
 
-    async def runs(self, *, state: RunState | None = None) -> list[RunInfo]:
-        """Lists the runs, the oldest first; all, or those that stand so."""
-        return [info for info in await self._list() if state is None or info.state is state]
+    async def runs(self, *, state: RunState | None = None, since: float | None = None) -> list[RunInfo]:
+        """Lists the runs, the oldest first.
+
+        Args:
+            state: Only those that stand so.
+            since: Only those that had not ended before this time, in seconds since the epoch.
+        """
+        runs = await self._list(-math.inf if since is None else since)
+        return [info for info in runs if state is None or info.state is state]
 
     async def history(self, run_id: str) -> list[Event]:
         """Gives all that is recorded of a run.

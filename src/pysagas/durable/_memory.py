@@ -117,7 +117,7 @@ class MemoryJournal(Journal):
         key = self._find(run_id)
         return None if key is None else self._runs[key].stored
 
-    async def _list(self) -> list[RunInfo]:
+    async def _list(self, since: float) -> list[RunInfo]:
         return [
             RunInfo(
                 run.stored.run_id,
@@ -130,6 +130,7 @@ class MemoryJournal(Journal):
                 run.held,
             )
             for run in self._runs.values()
+            if run.ended is None or run.ended >= since
         ]
 
     async def _events(self, run_id: str) -> list[Event]:

@@ -387,7 +387,7 @@ class SQLiteJournal(Journal):
                 "SELECT seq, kind, path, name, data, at FROM events WHERE run = ? ORDER BY seq", (key,)
             ).fetchall()
 
-        rows = await self._open().call(load)
+        rows = await self._open().call(load, reads=True)
         self._open().forget(key)
         self._next_seq[key] = rows[-1][0] + 1 if rows else 0
         return [_event(*row[1:]) for row in rows]
@@ -448,7 +448,7 @@ class SQLiteJournal(Journal):
                 )
             ]
 
-        return await self._open().call(unfinished)
+        return await self._open().call(unfinished, reads=True)
 
     async def _stored(self, run_id: str) -> Stored | None:
         def stored(connection: sqlite3.Connection) -> Stored | None:
@@ -460,9 +460,9 @@ class SQLiteJournal(Journal):
             known, saga, version, args, state = row
             return Stored(known, saga, version, args, RunState(state))
 
-        return await self._open().call(stored)
+        return await self._open().call(stored, reads=True)
 
-    async def _list(self) -> list[RunInfo]:
+    async def _list(self, since: float) -> list[RunInfo]:
         def listed(connection: sqlite3.Connection) -> list[RunInfo]:
             alive = {
                 owner: owner == self._owner or _is_locked(self._lock_path(token))
@@ -483,11 +483,12 @@ class SQLiteJournal(Journal):
                 )
                 for run_id, saga, version, state, started, ended, error, owner in connection.execute(
                     "SELECT run_id, saga, version, state, started, ended, error, owner FROM runs "
-                    "ORDER BY id"
+                    "WHERE ended IS NULL OR ended >= ? ORDER BY id",
+                    (since,),
                 )
             ]
 
-        return await self._open().call(listed)
+        return await self._open().call(listed, reads=True)
 
     async def _events(self, run_id: str) -> list[Event]:
         def events(connection: sqlite3.Connection) -> list[Event]:
@@ -501,7 +502,7 @@ class SQLiteJournal(Journal):
                 )
             ]
 
-        return await self._open().call(events)
+        return await self._open().call(events, reads=True)
 
     async def _prune(self, before: float) -> int:
         def prune(connection: sqlite3.Connection) -> int:

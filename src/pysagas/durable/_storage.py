@@ -147,8 +147,8 @@ class Storage(ABC):
         """Gives one run; None where there is none of that id."""
 
     @abstractmethod
-    async def _list(self) -> list[RunInfo]:
-        """Lists the runs, the oldest first."""
+    async def _list(self, since: float) -> list[RunInfo]:
+        """Lists the runs that had not ended before a time, the oldest first."""
 
     @abstractmethod
     async def _events(self, run_id: str) -> list[Event]:

@@ -31,10 +31,11 @@ Row = tuple[int, int, str, str, str, bytes, float]
 class _Job(Generic[T]):
     """A function to be called with the connection, within the batch's transaction."""
 
-    __slots__ = ("error", "result", "work")
+    __slots__ = ("error", "reads", "result", "work")
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
+    def __init__(self, work: Callable[[sqlite3.Connection], T], *, reads: bool) -> None:
         self.work = work
+        self.reads = reads
         self.result: T | None = None
         self.error: BaseException | None = None
 
@@ -143,10 +144,14 @@ class Writer:
         """Takes up a run as it is on disk, whatever was lost of it."""
         self._lost.pop(run, None)
 
-    async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def call(self, work: Callable[[sqlite3.Connection], T], *, reads: bool = False) -> T:
         """Calls a function with the connection, after all rows that were taken; gives its result.
 
         It may write. What it raises undoes nothing, so it checks before it writes.
+
+        Args:
+            work: The function.
+            reads: Whether it only reads: who looks on must not keep other processes from writing.
 
         Raises:
             BaseException: What it raised.
@@ -159,7 +164,7 @@ class Writer:
                 f"{self._place} was opened in another event loop than this one; open it, with "
                 "`async with`, in the event loop that uses it"
             )
-        job = _Job(work)
+        job = _Job(work, reads=reads)
         with self._wanted:
             self._check_open()
             batch = self._last = self._next
@@ -232,7 +237,8 @@ def _nothing(_: sqlite3.Connection) -> None:
 def _write(connection: sqlite3.Connection, batch: _Batch) -> None:
     """Writes a batch whole, or not at all."""
     try:
-        connection.execute("BEGIN IMMEDIATE")
+        reads = not batch.rows and all(job.reads for job in batch.jobs)
+        connection.execute("BEGIN" if reads else "BEGIN IMMEDIATE")
         try:
             if batch.rows:
                 connection.executemany(INSERT, batch.rows)
