@@ -66,6 +66,16 @@ class SyncCallable:
     def __call__(self, x): ...
 
 
+class MadeBySomethingElse:
+    @classmethod
+    def __call__(cls, one: object) -> None: ...
+
+
+class CallsNobody:
+    @staticmethod
+    def __call__(one: object, other: object) -> None: ...
+
+
 class Unreadable:
     """Its signature cannot be read."""
 
@@ -162,6 +172,10 @@ def test_name_of(function, expected):
         (len, {1}),
         (Unreadable(), {0, 1, 2, 3}),
         (max, {0, 1, 2, 3}),
+        (MadeBySomethingElse, {0}),
+        (MadeBySomethingElse(), {1}),
+        (CallsNobody(), {2}),
+        (3, set()),
     ],
 )
 def test_takes(function, counts):

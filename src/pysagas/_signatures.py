@@ -119,9 +119,14 @@ def takes(function: Function, count: int) -> bool:
     """Tells whether it can be called with so many positional arguments and nothing else."""
     target: Any = function
     wanted = count
-    if type(target) is MethodType:
-        target = target.__func__
-        wanted += 1
+    if not isinstance(target, FunctionType | type) and not hasattr(target, "__signature__"):
+        # Of an object with a method ``__call__``, such as a middleware, that is what is called.
+        bound = target if type(target) is MethodType else getattr(target, "__call__", None)  # noqa: B004
+        if type(bound) is MethodType:
+            target = bound.__func__
+            wanted += 1
+        elif type(bound) is FunctionType:  # a static method, which `inspect` takes for one of an object
+            target = bound
     if type(target) is FunctionType:
         code = target.__code__
         if wanted > code.co_argcount:
