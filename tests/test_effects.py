@@ -26,6 +26,7 @@ from pysagas import (
     Step,
     StepState,
     current_effect,
+    note_time,
     observer,
     open_saga,
     outcome_of,
@@ -1891,3 +1892,58 @@ async def test_members_have_contexts_of_their_own(limit):
 
     assert ["0", "1", "2", *6 * ["none"]] == sorted(seen)
     assert "none" == VARIABLE.get()
+
+
+# --- times --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_whoever_has_a_clock_notes_times(grouped):
+    """A middleware tells when an effect ran, by whatever clock, and the outcome has it."""
+    now = 100.0
+
+    async def watch(effect, call_next):
+        nonlocal now
+        began = now
+        try:
+            return await call_next()
+        finally:
+            now += 10
+            note_time(effect, began, now)
+
+    steps = [Step(checkpoint, checkpoint), Step(fail)]
+    _, outcome = await failure_of(
+        Saga([Parallel(*steps)] if grouped else steps, middleware=[watch]), error=Exception
+    )
+
+    first, second = ((0, 0), (0, 1)) if grouped else ((0,), (1,))
+    assert {(first, "action"), (second, "action"), (first, "compensation")} == {
+        (ran.path, ran.kind) for ran in outcome.times
+    }
+    assert 0 == outcome.times[0].began
+    assert {10.0} <= {ran.ended - ran.began for ran in outcome.times}
+
+
+async def test_times_that_are_none_of_a_run_are_not_noted():
+    """What is noted of another run, of a place that is none, or outside of any run, changes nothing."""
+    note_time(Effect("action", "s", "r", "a", (0,)), 1.0, 2.0)
+    around = []
+
+    async def watch(effect, call_next):
+        if effect.kind == "action":
+            note_time(around[0], 1.0, 2.0)
+            note_time(effect._replace(path=(7,)), 1.0, 2.0)
+            note_time(effect._replace(kind="saga", path=()), 1.0, 2.0)
+            note_time(effect._replace(kind="rollback"), 1.0, 2.0)
+        return await call_next()
+
+    inner = Saga([Step(checkpoint)], middleware=[watch])
+    outcomes = []
+
+    async def act():
+        around.append(current_effect())
+        outcomes.append(await inner.run())
+
+    outcomes.append(await Saga([Step(act)]).run())
+
+    assert [(), ()] == [outcome.times for outcome in outcomes]

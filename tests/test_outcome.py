@@ -15,6 +15,7 @@ from pysagas import (
     CompensationFailed,
     Outcome,
     Parallel,
+    Ran,
     Saga,
     SagaError,
     SagaScope,
@@ -253,6 +254,93 @@ async def test_str_of_a_run_of_which_the_steps_alone_are_known():
         "  1.1.1      breakfast  completed",
     ] == str(outcome).splitlines()
     assert TreeNode("part", "part", (1, 1)) in outcome.tree
+
+
+class Timed:
+    """A run whose times are known."""
+
+    saga_name = "trip"
+    run_id = "1"
+
+    def __init__(self, *times):
+        self.given = times
+
+    def reports(self):
+        return (
+            StepReport("flight", (0,), StepState.COMPENSATED),
+            StepReport("seat", (1, 0), StepState.COMPENSATION_FAILED, compensation_error=OSError("no")),
+            StepReport("pay", (2,), StepState.UNKNOWN, error=ValueError("none")),
+            StepReport("never", (3,), StepState.NOT_STARTED),
+        )
+
+    def times(self):
+        return self.given
+
+
+def test_times_are_told_since_the_first():
+    """Times stand in the order in which they began, and count from there; each belongs to a step."""
+    times = [
+        Ran((1, 0), "compensation", 17.0, 19.0),
+        Ran((9, 9), "action", 0.0, 1.0),  # of a place that is none any more
+        Ran((1, 0), "action", 12.0, None),
+        Ran((0,), "action", 10.0, 11.0),
+    ]
+    outcome = Outcome(Timed(*times), SagaState.COMPENSATED, None, None)
+
+    assert (
+        Ran((0,), "action", 0.0, 1.0),
+        Ran((1, 0), "action", 2.0, None),
+        Ran((1, 0), "compensation", 7.0, 9.0),
+    ) == outcome.times
+    assert outcome.times is outcome.times
+
+
+def test_str_says_how_long_what_took():
+    """Where times are known there is a column of them, for the way forward and the one back."""
+    times = [
+        Ran((0,), "action", 10.0, 10.0123),
+        Ran((1, 0), "action", 11.0, None),
+        Ran((1, 0), "action", 11.0, 12.2),
+        Ran((2,), "action", 12.5, 12.5),
+        Ran((1, 0), "compensation", 13.0, 13.004),
+        Ran((0,), "compensation", 14.0, 74.0),
+    ]
+
+    assert [
+        "saga 'trip': failed",
+        "  0    flight  compensated          12.3 ms, back 1 min 00 s",
+        "  1    part",
+        "  1.0    seat  compensation failed  end unknown, 1.20 s, back 4.00 ms  going back: OSError: no",
+        "  2    pay     unknown              0 s                                ValueError: none",
+        "  3    never   not started",
+    ] == str(Outcome(Timed(*times), SagaState.FAILED, None, None)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-1.0, "0 s"),
+        (0.0, "0 s"),
+        (2e-9, "2.00 ns"),
+        (999.4e-9, "999 ns"),
+        (999.6e-9, "1.00 µs"),
+        (12.34e-6, "12.3 µs"),
+        (0.0009996, "1.00 ms"),
+        (0.25, "250 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (125.4, "2 min 05 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 00 min"),
+        (360_000.0, "100 h 00 min"),
+        (None, "end unknown"),
+    ],
+)
+def test_how_long_in_words(seconds, words):
+    """How long something took is told in three digits, and beyond a minute in two units."""
+    assert words == Ran((), "action", 0.0, seconds).took
 
 
 async def test_the_tree_of_a_run():

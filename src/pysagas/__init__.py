@@ -9,6 +9,7 @@ from ._effects import (
     Middleware,
     StepInHand,
     current_effect,
+    note_time,
     observer,
 )
 from ._errors import (
@@ -22,6 +23,7 @@ from ._errors import (
 )
 from ._outcome import (
     Outcome,
+    Ran,
     SagaState,
     StepReport,
     StepState,
@@ -44,6 +46,7 @@ __all__ = [
     "MiddlewareError",
     "Outcome",
     "Parallel",
+    "Ran",
     "Retry",
     "Saga",
     "SagaBuilder",
@@ -61,6 +64,7 @@ __all__ = [
     "TreeNode",
     "attach_outcome",
     "current_effect",
+    "note_time",
     "observer",
     "open_saga",
     "outcome_of",

@@ -23,6 +23,7 @@ __all__ = [
     "Middleware",
     "StepInHand",
     "current_effect",
+    "note_time",
     "observer",
 ]
 
@@ -149,9 +150,11 @@ class Middleware(Protocol):
 
 
 class Place(Protocol):
-    """Where the engine stands: it can say which effect runs there."""
+    """Where the engine stands: it can say which effect runs there, and has the run in hand."""
 
     def current_effect(self) -> Effect | None: ...
+
+    def note_time(self, effect: Effect, began: float, ended: float) -> None: ...
 
 
 # The place of the code that runs in this context. Set once for a whole run, and in each member of a
@@ -179,6 +182,23 @@ def current_effect() -> Effect | None:
     """
     place = current_place.get()
     return None if place is None else place.current_effect()
+
+
+def note_time(effect: Effect, began: float, ended: float) -> None:
+    """Tells the engine when an effect ran, for `Outcome.times`.
+
+    For a middleware that has a clock, such as ``pysagas.observe.timing.record_times``, when
+    ``call_next()`` has ended. Only actions and compensations have times: for other kinds, and for an
+    effect of another run, nothing is noted.
+
+    Args:
+        effect: What ran.
+        began: When it began, in seconds of whatever clock, the same for the whole run.
+        ended: When it ended.
+    """
+    place = current_place.get()
+    if place is not None and effect.kind in ("action", "compensation"):
+        place.note_time(effect, began, ended)
 
 
 class _CallNext:

@@ -21,11 +21,11 @@ from ._attempts import COMPLETED, NOT_STARTED, UNKNOWN
 from ._definitions import Commit, Definition, Parallel, Part, Step, definition_of
 from ._effects import Effect, EffectKind, Middleware
 from ._errors import CompensationFailed, add_note, without_cancellation
-from ._outcome import Outcome, StepReport, StepState, TreeNode
+from ._outcome import Outcome, Ran, StepReport, StepState, TreeNode
 from ._signatures import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "COMPENSATED",
@@ -75,7 +75,7 @@ class Run:
     waiting for the garbage collector.
     """
 
-    __slots__ = ("_run_id", "carried_on", "ended", "failures", "reported", "saga")
+    __slots__ = ("_run_id", "carried_on", "ended", "failures", "reported", "saga", "times")
 
     saga: str
     carried_on: int
@@ -91,6 +91,8 @@ class Run:
         self.reported: CompensationFailed | None = None
         # How the run ended, if it failed.
         self.ended: Outcome[Any] | None = None
+        # When its actions and compensations ran, where a middleware has noted that.
+        self.times: list[Ran] | None = None
 
     @property
     def run_id(self) -> str:
@@ -311,6 +313,19 @@ class Sequence:
         """Yields what is at each path, for the outcome."""
         return (_node(path, place, self) for path, place in _places(self))
 
+    def times(self) -> Iterable[Ran]:
+        """Gives the times that were noted, for the outcome."""
+        return self.run.times or ()
+
+    def note_time(self, effect: Effect, began: float, ended: float) -> None:
+        """Notes when an effect of this run ran (see ``_effects.note_time``)."""
+        run = self.run
+        if effect.run_id == run.run_id:
+            if run.times is None:
+                run.times = []
+            forward = effect.kind == "action"
+            run.times.append(Ran(effect.path, "action" if forward else "compensation", began, ended))
+
     def may_end_early(self) -> bool:
         """Tells whether `begins_no_more` can ever come true, for this saga and those around it."""
         level: Sequence | None = self
@@ -436,6 +451,9 @@ class MemberPlace:
         member = self.group.members[self.index]
         assert member is not None
         return self.owner.effect(self.kind, member.name, self.path)
+
+    def note_time(self, effect: Effect, began: float, ended: float) -> None:
+        self.owner.note_time(effect, began, ended)
 
 
 # --- reading the log ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ._errors import CompensationFailed, SagaError, describe, describe_each, lea
 
 __all__ = [
     "Outcome",
+    "Ran",
     "SagaState",
     "StepReport",
     "StepState",
@@ -99,6 +100,41 @@ class TreeNode(NamedTuple):
     passed: bool = False
 
 
+class Ran(NamedTuple):
+    """A stretch of time in which an action, or a compensation, ran.
+
+    Attributes:
+        path: The place of the step in the tree of the run.
+        kind: Whether it went forward, or back: an undo is a compensation here, too.
+        began: When it began, in seconds since the first of them in its run.
+        ended: When it ended, by whatever. None where a journal recalls it and knows of no end: its
+            process died, or it was cut off in doubt.
+    """
+
+    path: tuple[int, ...]
+    kind: Literal["action", "compensation"]
+    began: float
+    ended: float | None
+
+    @property
+    def took(self) -> str:
+        """How long that was, for people, in three digits: ``12.3 ms``, ``1.20 s``, ``2 min 05 s``."""
+        if self.ended is None:
+            return "end unknown"
+        seconds = self.ended - self.began
+        if seconds <= 0:  # a clock of the wall may have been set back meanwhile
+            return "0 s"
+        for units, unit in ((1e9, "ns"), (1e6, "µs"), (1e3, "ms")):
+            if seconds * units < 999.5:
+                return f"{seconds * units:#.3g} {unit}".replace(". ", " ")
+        if seconds < 59.95:
+            return f"{seconds:#.3g} s"
+        minutes, seconds = divmod(round(seconds), 60)
+        if minutes < 60:
+            return f"{minutes} min {seconds:02} s"
+        return f"{minutes // 60} h {minutes % 60:02} min"
+
+
 _set = object.__setattr__
 
 
@@ -124,12 +160,13 @@ class Outcome(Generic[T_co]):
         error: What ended it, the exception that the caller got; None for a completed run.
     """
 
-    __slots__ = ("__weakref__", "_rollback", "_run", "_steps", "_value", "error", "state")
+    __slots__ = ("__weakref__", "_rollback", "_run", "_steps", "_times", "_value", "error", "state")
 
     state: SagaState
     error: BaseException | None
     _run: _Ended
     _steps: tuple[StepReport, ...] | None
+    _times: tuple[Ran, ...]  # made together with the steps, and not there before
     _value: T_co
     _rollback: Callable[[], Awaitable[Outcome[T_co]]] | None
 
@@ -191,8 +228,20 @@ class Outcome(Generic[T_co]):
         steps = self._steps
         if steps is None:
             steps = self._run.reports()
+            _set(self, "_times", _times(self._run, steps))
             _set(self, "_steps", steps)
         return steps
+
+    @property
+    def times(self) -> tuple[Ran, ...]:
+        """When actions and compensations ran, in the order in which they began.
+
+        Empty where nobody has looked at a clock: the middleware
+        ``pysagas.observe.timing.record_times`` does, and a journal has done it for the runs that it
+        recalls. An effect that ran several times is there as often.
+        """
+        _ = self.steps  # one look at the run, so that the two fit
+        return self._times
 
     @property
     def tree(self) -> tuple[TreeNode, ...]:
@@ -236,7 +285,10 @@ class Outcome(Generic[T_co]):
         return await self._rollback()
 
     def __str__(self) -> str:
-        """Gives the tree of the run, a line for each place: its path, its state, what it raised."""
+        """Gives the tree of the run, a line for each place.
+
+        In it: the path, the name, the state, how long it took where that is known, what was raised.
+        """
         return "\n".join(_lines(self))
 
     def __repr__(self) -> str:
@@ -244,6 +296,24 @@ class Outcome(Generic[T_co]):
         doubts = len(self.in_doubt)
         in_doubt = f" in_doubt={doubts}" if doubts else ""
         return f"<Outcome of saga {self.saga!r}: {self.state.name}{error}{in_doubt}>"
+
+
+def _times(run: _Ended, steps: Iterable[StepReport]) -> tuple[Ran, ...]:
+    """Gives when steps ran, as their run knows it, in order and since the first of them."""
+    make: Callable[[], Iterable[Ran]] | None = getattr(run, "times", None)
+    times = [] if make is None else list(make())
+    if not times:
+        return ()
+    # A journal knows of some that are no part any more of a run that was tried again.
+    known = {step.path for step in steps}
+    ordered = sorted((ran for ran in times if ran.path in known), key=lambda ran: ran.began)
+    return tuple(
+        ran._replace(
+            began=ran.began - ordered[0].began,
+            ended=None if ran.ended is None else ran.ended - ordered[0].began,
+        )
+        for ran in ordered
+    )
 
 
 def _tree_of_steps(saga: str, steps: Iterable[StepReport]) -> Iterator[TreeNode]:
@@ -265,17 +335,14 @@ def _lines(outcome: Outcome[object]) -> Iterator[str]:
     after = "" if began is None else f", after {_one_line(describe_each(began))}"
     yield f"saga {outcome.saga!r}: {outcome.state.value}{after}"
     reports = {step.path: step for step in outcome.steps}
-    rows = [
-        (
-            ".".join(map(str, node.path)),
-            "  " * (len(node.path) - 1) + _label(node),
-            *_state_and_errors(node, reports.get(node.path)),
-        )
-        for node in outcome.tree[1:]
-    ]
-    widths = [
-        min(_WIDEST_COLUMN, max((len(row[column]) for row in rows), default=0)) for column in range(3)
-    ]
+    took = _took(outcome.times)
+    rows: list[list[str]] = []
+    for node in outcome.tree[1:]:
+        state, errors = _state_and_errors(node, reports.get(node.path))
+        path = ".".join(map(str, node.path))
+        label = "  " * (len(node.path) - 1) + _label(node)
+        rows.append([path, label, state, *([took.get(node.path, "")] if took else []), errors])
+    widths = [min(_WIDEST_COLUMN, max(map(len, column))) for column in [*zip(*rows, strict=True)][:-1]]
     for *cells, errors in rows:
         columns = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         yield "  ".join(["", *columns, errors]).rstrip()
@@ -292,6 +359,15 @@ def _label(node: TreeNode) -> str:
         kind = "parallel" if node.kind == "group" else "saga"
         return kind if node.name == kind else f"{kind} {node.name!r}"
     return _one_line(node.name)
+
+
+def _took(times: Iterable[Ran]) -> dict[tuple[int, ...], str]:
+    """Says for each step how long its action took, and taking it back."""
+    words: dict[tuple[int, ...], str] = {}
+    for ran in times:
+        took = ran.took if ran.kind == "action" else f"back {ran.took}"
+        words[ran.path] = f"{words[ran.path]}, {took}" if ran.path in words else took
+    return words
 
 
 def _one_line(text: str) -> str:

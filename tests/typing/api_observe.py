@@ -9,11 +9,14 @@ from typing import assert_type
 
 from opentelemetry.metrics import get_meter_provider
 from opentelemetry.trace import get_tracer_provider
+from rich.console import Console
 from world import Trip, cancel_flight, reserve_flight
 
 from pysagas import Middleware, Saga, SagaScope, Step, open_saga, saga
 from pysagas.observe.logging import log_effects
 from pysagas.observe.opentelemetry import trace_effects
+from pysagas.observe.progress import show_progress
+from pysagas.observe.timing import record_times
 
 watched = [log_effects(), trace_effects()]
 booking = Saga([Step(reserve_flight, undo=cancel_flight)], middleware=watched)
@@ -30,9 +33,13 @@ def middleware() -> None:
     assert_type(log_effects(logging.getLogger("trips")), Middleware)
     assert_type(trace_effects(), Middleware)
     trace_effects(tracer_provider=get_tracer_provider(), meter_provider=get_meter_provider())
+    assert_type(record_times(), Middleware)
+    assert_type(show_progress(), Middleware)
+    assert_type(show_progress(Console(stderr=True)), Middleware)
 
 
 def refused() -> None:
+    show_progress("stderr")  # type: ignore[arg-type]
     log_effects("trips")  # type: ignore[arg-type]
     trace_effects(get_tracer_provider())  # type: ignore[call-arg]
     trace_effects(tracer_provider=get_meter_provider())  # type: ignore[arg-type]

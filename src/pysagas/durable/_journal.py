@@ -80,7 +80,7 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryReport:
-    """What `recover` found, and did.
+    """What `Journal.recover` found, and did.
 
     Attributes:
         recovered: The runs that were gone on with, and have ended: completed or taken back.
@@ -120,7 +120,7 @@ class Journal(Storage):
     """A durable record of the effects of runs, from which a killed run is recovered.
 
     `SQLiteJournal` keeps it in a file. Another place is another subclass, with the methods of
-    `Storage`, which know runs and events and nothing of sagas.
+    ``Storage``, which know runs and events and nothing of sagas.
     """
 
     def __init__(self, codec: Codec | None = None) -> None:
@@ -498,7 +498,9 @@ class Journal(Storage):
         if outcome.state is not SagaState.COMPLETED:
             return outcome
         later = partial(self._taken_back_later, claim.key, run_id, middleware, outcome)
-        run = Recorded(saga.name, run_id, lambda: outcome.steps, lambda: outcome.tree)
+        run = Recorded(
+            saga.name, run_id, lambda: outcome.steps, lambda: outcome.tree, lambda: outcome.times
+        )
         return Outcome(run, outcome.state, outcome.value, None, later)
 
     async def _leave_as_it_was(self, claim: Claim, reason: BaseException) -> None:
@@ -593,7 +595,7 @@ class Journal(Storage):
                 await self._end(claim.key, Ending(STATES[later.state], b"", None))
         if late is not None:
             raise late
-        run = Recorded(saga.name, run_id, lambda: later.steps, lambda: later.tree)
+        run = Recorded(saga.name, run_id, lambda: later.steps, lambda: later.tree, lambda: later.times)
         return Outcome(run, later.state, cast("T", None), None)
 
     async def _ended(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pysagas import (
     CompensationFailed,
     Outcome,
+    Ran,
     Saga,
     SagaState,
     StepReport,
@@ -45,11 +46,13 @@ class Recorded:
         run_id: str,
         reports: Callable[[], tuple[StepReport, ...]],
         tree: Callable[[], Iterable[TreeNode]] | None = None,
+        times: Callable[[], Iterable[Ran]] | None = None,
     ) -> None:
         self.saga_name = saga
         self.run_id = run_id
         self.reports = reports
         self.tree = tree
+        self.times = times
 
 
 def recalled(
@@ -74,7 +77,8 @@ def recalled(
     """
     events = list(events)
     reports = _reports(events, codec)
-    run = Recorded(saga.name, run_id, lambda: reports, _tree_of(saga, events))
+    times = _times(events)
+    run = Recorded(saga.name, run_id, lambda: reports, _tree_of(saga, events), lambda: times)
     state = SagaState[ending.state.name]
     if state is SagaState.COMPLETED:
         return Outcome(run, state, _value(ending.value, codec, saga, run_id), None, take_back)
@@ -106,8 +110,10 @@ def _tree_of(saga: AnySaga, events: Iterable[Event]) -> Callable[[], Iterable[Tr
 
 def compensated(saga: str, run_id: str, events: Iterable[Event], codec: Codec) -> Outcome[Any]:
     """Gives the outcome of a run that was taken back by `Outcome.rollback`."""
-    reports = _reports(events, codec)
-    return Outcome(Recorded(saga, run_id, lambda: reports), SagaState.COMPENSATED, None, None)
+    events = list(events)
+    reports, times = _reports(events, codec), _times(events)
+    run = Recorded(saga, run_id, lambda: reports, times=lambda: times)
+    return Outcome(run, SagaState.COMPENSATED, None, None)
 
 
 def _value(data: bytes, codec: Codec, saga: AnySaga, run_id: str) -> Any:
@@ -202,6 +208,36 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
         known = reports.get(path, StepReport(names[path], path, StepState.UNKNOWN))
         reports[path] = known._replace(state=StepState.COMPENSATED)
     return tuple(reports[path] for path in sorted(reports))
+
+
+# What ends what began: an action, or a compensation. An action that was cut off where it had returned
+# has two ends, of which the first counts.
+_BEGINS: dict[EventKind, Literal["action", "compensation"]] = {
+    EventKind.STARTED: "action",
+    EventKind.COMPENSATING: "compensation",
+}
+_ENDS = {
+    EventKind.DONE,
+    EventKind.ANSWERED,
+    EventKind.FAILED,
+    EventKind.CUT_OFF,
+    EventKind.COMPENSATED,
+    EventKind.NOT_COMPENSATED,
+}
+
+
+def _times(events: Iterable[Event]) -> list[Ran]:
+    """Gives when actions and compensations ran, those of earlier tries too."""
+    times: list[Ran] = []
+    open_at: dict[tuple[int, ...], int] = {}
+    for event in events:
+        if event.kind in _BEGINS:
+            open_at[event.path] = len(times)
+            times.append(Ran(event.path, _BEGINS[event.kind], event.at, None))
+        elif event.kind in _ENDS and event.path in open_at:
+            index = open_at.pop(event.path)
+            times[index] = times[index]._replace(ended=event.at)
+    return times
 
 
 def _answered(data: dict[str, Any], codec: Codec) -> dict[str, Any]:

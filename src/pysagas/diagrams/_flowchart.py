@@ -1,8 +1,7 @@
-"""Draws a saga, or what became of one: Mermaid flowcharts.
+"""Draws a saga, or what became of one, as a Mermaid flowchart.
 
-Mermaid is a text that GitHub, GitLab, many editors and documentation tools show as a picture. Steps
-stand one below the other, members of a parallel group side by side; dotted lines lead to what takes
-a step back.
+Steps stand one below the other, members of a parallel group side by side; dotted lines lead to what
+takes a step back.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 
 from pysagas import Outcome, Saga, SagaState, StepState, TreeNode
 
+from ._text import label
+
 __all__ = ["mermaid"]
 
 _Inner = dict[tuple[int, ...], list[TreeNode]]
 _States = dict[tuple[int, ...], StepState | SagaState]
-
-_LONGEST_NAME = 40
 
 # Each has its own fill, border and text, so that it is legible on light pages and on dark ones. The
 # state is written out too, for whoever does not tell the colours apart.
@@ -34,9 +33,6 @@ _STYLES: dict[StepState | SagaState, str] = {
 }
 _BACK = "fill:#f6f8fa,stroke:#8c959f,color:#24292f,stroke-dasharray:2 2"
 _COMMIT = "fill:#24292f,stroke:#8c959f,color:#ffffff"
-
-# Besides letters and digits: what means nothing to Mermaid, to its Markdown, or to HTML.
-_LITERAL = " _-.,()"
 
 
 def mermaid(drawn: Saga[..., Any] | Outcome[Any]) -> str:
@@ -80,7 +76,7 @@ def mermaid(drawn: Saga[..., Any] | Outcome[Any]) -> str:
 def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
     """Yields the lines of a place; of one that holds others, a box with all that is in it."""
     state = states.get(node.path)
-    title = _text(node.name)
+    title = label(node.name)
     if node.kind == "group" and node.name != "parallel":  # what is given no name is called that
         title = f"parallel: {title}"
     if inner[node.path] and node.path:
@@ -101,7 +97,7 @@ def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
     begin, end = _shape(node, inner)
     yield f'{_id(node)}{begin}"{title}"{end}{mark}'
     ways = [
-        f"{kind}: {_text(way)}"
+        f"{kind}: {label(way)}"
         for kind, way in (("undo", node.undo), ("compensation", node.compensation))
         if way is not None
     ]
@@ -142,20 +138,3 @@ def _class(state: StepState | SagaState) -> str:
 
 def _id(node: TreeNode) -> str:
     return "_".join(["n", *map(str, node.path)])
-
-
-def _text(name: str) -> str:
-    """Gives a name as Mermaid shows it literally: without markup, HTML, or the end of a label."""
-    if len(name) > _LONGEST_NAME:
-        return _text(name[: _LONGEST_NAME - 1]) + "…"
-    return "".join(map(_character, name))
-
-
-def _character(character: str) -> str:
-    if character == "\n":
-        return "↵"
-    if character.isspace():
-        return " "
-    if not character.isprintable():
-        return "\N{REPLACEMENT CHARACTER}"
-    return character if character.isalnum() or character in _LITERAL else f"#{ord(character)};"
