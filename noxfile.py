@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import nox
@@ -22,6 +23,7 @@ nox.options.sessions = [
     "coverage",
     "coverage_report",
     "docs",
+    "site",
     "build",
 ]
 
@@ -30,7 +32,7 @@ PYTHONS = nox.project.python_versions(PROJECT)
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
 # The oldest AnyIO that is supported: the one in the project's own requirement.
 LOWEST_ANYIO = re.findall(r"anyio>=([\d.]+)", " ".join(PROJECT["project"]["dependencies"]))[0]
-# What draws the diagrams, see `pictures`.
+# What draws the diagrams, see `drawer`.
 MERMAID = "@mermaid-js/mermaid-cli@11.17.0"
 
 
@@ -160,28 +162,120 @@ def crash(session: nox.Session) -> None:
     session.run("pytest", "-q", "-rP", "tests/test_durable_crash.py", *session.posargs[1:], env=env)
 
 
-# Needs npm and a Chromium, which the environment may name: CHROMIUM. Whoever changes how sagas are
-# drawn looks at these; the text of each golden file is what `pictures()` in tests/test_diagrams.py gives.
+def chromium() -> str | None:
+    """A browser, which the environment may name: CHROMIUM."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium")
+
+
+def drawer(session: nox.Session) -> tuple[str, ...] | None:
+    """The command that draws a Mermaid diagram; None where npm cannot install it, or without Chromium."""
+    browser = chromium()
+    if browser is None or shutil.which("npm") is None:
+        return None
+    tools = Path(session.cache_dir) / MERMAID.rpartition("/")[2]
+    command = tools / "node_modules" / ".bin" / "mmdc"
+    if not command.exists():
+        # The browser that is there does; the package would download one of its own.
+        env = {"PUPPETEER_SKIP_DOWNLOAD": "1"}
+        install_it = ("npm", "install", "--silent", "--prefix", str(tools), MERMAID)
+        session.run(*install_it, env=env, external=True, success_codes=range(256))
+    if not command.exists():
+        return None  # there is an npm, and nothing for it to install from
+    settings = tools / "puppeteer.json"
+    settings.write_text(json.dumps({"executablePath": browser, "args": ["--no-sandbox"]}))
+    return (str(command), "--quiet", "-p", str(settings))
+
+
+# Needs npm and a Chromium. Whoever changes how sagas are drawn looks at these; the text of each
+# golden file is what `pictures()` in tests/test_diagrams.py, or test_diagrams_timeline.py, gives.
 @nox.session
 def pictures(session: nox.Session) -> None:
     """Has Mermaid draw the golden files of the diagrams, on a light page and on a dark one."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        session.skip("there is no chromium")
+    draw = drawer(session)
+    if draw is None:
+        session.skip("there is no chromium, or no npm that can install what draws")
     made = Path(session.create_tmp())
-    tools = made / "npm"
-    # The browser that is there does; the package would download one of its own.
-    env = {"PUPPETEER_SKIP_DOWNLOAD": "1"}
-    session.run("npm", "install", "--prefix", str(tools), MERMAID, env=env, external=True)
-    settings = made / "puppeteer.json"
-    settings.write_text(json.dumps({"executablePath": chromium, "args": ["--no-sandbox"]}))
-    draw = (str(tools / "node_modules" / ".bin" / "mmdc"), "--quiet", "-p", str(settings), "-w", "1400")
     for golden in sorted(Path("tests/golden").glob("*.mmd")):
         for theme, page in (("default", "white"), ("dark", "#0d1117")):
             picture = made / f"{golden.stem}-{theme}.png"
-            look = ("-t", theme, "-b", page)
+            look = ("-t", theme, "-b", page, "-w", "1400")
             session.run(*draw, *look, "-i", str(golden), "-o", str(picture), external=True)
     session.log(f"the pictures are in {made}")
+
+
+SITE = Path("build/site")
+# What is looked at when the site has changed; and how wide and high a window that is.
+LOOKED_AT = (
+    "index",
+    "tutorials/booking-a-trip",
+    "how-to/prove-your-rollback",
+    "reference/guarantees",
+    "reference/steps-and-sagas",
+    "reference/scopes",
+    "explanation/architecture",
+    "explanation/pysagas-and-the-others",
+)
+WINDOWS = {"desktop": "1440,2600", "phone": "390,2600"}
+
+
+# With `-- screenshots`, pictures of some of its pages, for looking at.
+@nox.session
+def site(session: nox.Session) -> None:
+    """Builds the documentation site, with each reference in it resolved; a warning is an error."""
+    install(session, "docs", ".[durable,opentelemetry,progress,testing]")
+    draw_pages(session)
+    shutil.rmtree(SITE / "html", ignore_errors=True)  # pages that are no more would stay
+    folders = ("-d", str(SITE / "doctrees"), "docs", str(SITE / "html"))
+    session.run("sphinx-build", "-q", "-E", "-n", "-W", "--keep-going", "-b", "html", *folders)
+    session.log(f"the site is in {SITE / 'html'}")
+    if session.posargs == ["screenshots"]:
+        take_screenshots(session)
+
+
+def draw_pages(session: nox.Session) -> None:
+    """Draws the diagrams of the documents, each under a name by which docs/conf.py finds it."""
+    draw = drawer(session)
+    if draw is None:
+        session.warn(
+            "the site shows diagrams as text: there is no chromium, or no npm that can install what draws"
+        )
+        return
+    made = SITE / "drawings"
+    made.mkdir(parents=True, exist_ok=True)
+    for page in sorted(Path("docs").rglob("*.md")):
+        for text in re.findall(r"(?ms)^```mermaid\n(.*?)^```$", page.read_text(encoding="utf-8")):
+            name = sha256(text.encode()).hexdigest()
+            if not (made / f"{name}.svg").exists():
+                source = made / f"{name}.mmd"
+                source.write_text(text, encoding="utf-8")
+                # As wide as the text of a page. Several may stand on one: each with an id of its own.
+                look = ("-b", "transparent", "-w", "760", "--svgId", f"drawing-{name[:8]}")
+                picture = str(source.with_suffix(".svg"))
+                session.run(*draw, *look, "-i", str(source), "-o", picture, external=True)
+
+
+def take_screenshots(session: nox.Session) -> None:
+    browser = chromium()
+    if browser is None:
+        session.skip("there is no chromium")
+    made = SITE / "screenshots"
+    made.mkdir(exist_ok=True)
+    for page in LOOKED_AT:
+        url = (SITE / "html" / f"{page}.html").resolve().as_uri()
+        for window, size in WINDOWS.items():
+            for theme, scheme in (("light", 1), ("dark", 0)):
+                picture = made / f"{page.replace('/', '-')}-{window}-{theme}.png"
+                session.run(
+                    *(browser, "--headless", "--no-sandbox", "--hide-scrollbars"),
+                    f"--blink-settings=preferredColorScheme={scheme}",
+                    f"--user-data-dir={session.create_tmp()}/profile",
+                    f"--window-size={size}",
+                    f"--screenshot={picture}",
+                    url,
+                    external=True,
+                    silent=True,
+                )
+    session.log(f"the screenshots are in {made}")
 
 
 @nox.session

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import pytest
 from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+import pysagas
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -16,6 +20,10 @@ DOCUMENTS = sorted(
         *(ROOT / "docs").rglob("*.md"),
     ]
 )
+DOCS = ROOT / "docs"
+INDEX = DOCS / "index.md"
+# What only the site understands, and where it is allowed; elsewhere these would be shown as they stand.
+FOR_THE_SITE = {("{toctree}", DOCS), ("{eval-rst}", DOCS / "reference")}
 EACH_DOCUMENT = pytest.mark.parametrize(
     "path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS]
 )
@@ -27,9 +35,9 @@ INVISIBLE = re.compile(r"^<!--- invisible-code-block: python$", re.MULTILINE)
 # What a line of a shell block may be. `&&` joins several.
 COMMANDS = re.compile(
     r"python3 -m venv \.venv"
-    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(cli|durable|testing|trio)\]\")( --group \w+)*"
+    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(cli|durable|opentelemetry|progress|testing|trio)\]\")( --group \w+)*"
     r"|\.venv/bin/python -m pysagas"
-    r"|\.venv/bin/pysagas (demo|list|show|recover|retry|prune)( [\w.:-]+)*"
+    r"|\.venv/bin/pysagas (demo|list|show|watch|graph|recover|retry|prune)( [\w.:-]+)*"
     r"|\.venv/bin/nox -s [\w-]+( [\w-]+)*( -- .+)?"
 )
 
@@ -51,7 +59,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_there_are_documents():
-    assert {"README.md", "guarantees.md", "tutorial.md"} <= {path.name for path in DOCUMENTS}
+    assert {"README.md", "guarantees.md", "booking-a-trip.md"} <= {path.name for path in DOCUMENTS}
 
 
 @EACH_DOCUMENT
@@ -79,7 +87,10 @@ def test_every_block_is_python_or_a_known_command_or_text(path):
                 for command in one_line.split(" && ")
                 if not COMMANDS.fullmatch(command)
             ]
-        elif language not in ("python", "text"):
+        elif (
+            language not in ("python", "text", "mermaid")
+            and (language, path.parent) not in FOR_THE_SITE
+        ):
             wrong.append(f"{path.name}:{line}: a block must be python, sh or text, not {language!r}")
     assert not wrong, "\n".join(wrong)
 
@@ -104,15 +115,51 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_the_index_names_every_document():
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    missing = [
-        str(path.relative_to(ROOT / "docs"))
+    """Twice: with a link to it, and in the list of pages of which the site makes its navigation."""
+    index = INDEX.read_text(encoding="utf-8")
+    lists = "".join(source for _, language, source in blocks(INDEX) if language == "{toctree}")
+    pages = [
+        path.relative_to(DOCS).with_suffix("").as_posix()
         for path in DOCUMENTS
-        if (ROOT / "docs") in path.parents
-        and path.name != "README.md"
-        and f"]({path.relative_to(ROOT / 'docs').as_posix()})" not in index
+        if DOCS in path.parents and path != INDEX
     ]
-    assert not missing
+    assert [page for page in pages if f"]({page}.md)" not in index] == []
+    assert sorted(re.findall(r"[\w-]+/[\w.-]+", lists)) == sorted(pages)
+
+
+def test_every_document_is_of_one_kind():
+    """Each stands in one of the folders of Diátaxis."""
+    kinds = {path.relative_to(DOCS).parts[0] for path in DOCUMENTS if DOCS in path.parents}
+    assert kinds == {"index.md", "tutorials", "how-to", "reference", "explanation"}
+
+
+def test_the_reference_has_every_public_name():
+    """Each name of the modules that users import from is in the reference, under that module."""
+    documented = set()
+    for path in sorted((DOCS / "reference").glob("*.md")):
+        module = None
+        for _, language, source in blocks(path):
+            if language == "{eval-rst}":
+                for directive, name in re.findall(r"^\.\. (\w+):: ([\w.]+)", source, re.MULTILINE):
+                    if directive in ("module", "currentmodule"):
+                        module = name
+                    elif directive == "automodule":
+                        documented |= {f"{name}.{one}" for one in import_module(name).__all__}
+                    else:
+                        documented.add(f"{module}.{name}")
+    assert documented == {
+        f"{module.__name__}.{name}" for module in public_modules() for name in module.__all__
+    }
+
+
+def public_modules():
+    """Those that have names, and none of whose own names is private. (The demo is no library.)"""
+    for info in walk_packages(pysagas.__path__, "pysagas."):
+        if "._" not in info.name and info.name != "pysagas.demo":
+            module = import_module(info.name)
+            if hasattr(module, "__all__"):
+                yield module
+    yield pysagas
 
 
 def test_the_readme_marks_one_command_that_runs_the_tests():
@@ -124,12 +171,16 @@ def test_the_readme_marks_one_command_that_runs_the_tests():
 
 def test_a_block_of_another_language_is_refused(tmp_path):
     document = tmp_path / "bad.md"
-    document.write_text("```yaml\na: 1\n```\n\n```sh\nrm -rf .venv\n```\n\n```\nnothing\n```\n")
+    document.write_text(
+        "```yaml\na: 1\n```\n\n```sh\nrm -rf .venv\n```\n\n```\nnothing\n```\n\n"
+        "```{eval-rst}\n.. note::\n```\n"
+    )
     with pytest.raises(AssertionError) as caught:
         test_every_block_is_python_or_a_known_command_or_text(document)
     assert "'yaml'" in str(caught.value)
     assert "rm -rf" in str(caught.value)
     assert "not ''" in str(caught.value)
+    assert "'{eval-rst}'" in str(caught.value)
 
 
 def test_an_example_that_is_wrong_is_found(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/guarantees.md says all guarantees, and the tests that it names exist."""
+"""docs/reference/guarantees.md says all guarantees, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "reference" / "guarantees.md").read_text(encoding="utf-8")
 # The sections by number: "## G7. Title", up to the next heading.
 SECTIONS = dict(re.findall(r"^## ([GD]\d+)\. (.+?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 ALL = [*(f"G{number}" for number in range(1, 16)), *(f"D{number}" for number in range(1, 10))]

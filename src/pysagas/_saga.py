@@ -160,7 +160,7 @@ class Saga(SagaDefinition[P, T_co]):
                 `bind`.)
 
         Returns:
-            The outcome: COMPLETED; or COMPENSATED, where an expected failure was taken back.
+            The outcome, COMPLETED; or COMPENSATED, where an expected failure was taken back.
 
         Raises:
             BaseException: The failure, or the cancellation, that ended the saga; see

@@ -22,7 +22,7 @@ class JournalError(SagaError):
     """The journal cannot be read or written: the disk is full, the file locked, foreign, or newer.
 
     Raised by a step, it takes the run back in this process; what was recorded until then is still
-    in the journal, and `recover` goes on from there in the next one.
+    in the journal, and `Journal.recover` goes on from there in the next one.
     """
 
 

@@ -73,7 +73,7 @@ async def explore(
             return cannot be ended.)
 
     Returns:
-        The report: ``assert report.ok, report``.
+        The report, for ``assert report.ok, report``.
 
     Raises:
         CannotExplore: The saga fails without a fault, has no steps, or goes another way each time;
