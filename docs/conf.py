@@ -60,7 +60,10 @@ python_maximum_signature_line_length = 88
 # Names of others: the site is built without asking their documentation where they are. And what is
 # ours and in a signature, but not for users.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(anyio|collections|contextlib|hypothesis|logging|opentelemetry|os|types|typing)\..*"),
+    (
+        r"py:.*",
+        r"(anyio|collections|contextlib|hypothesis|logging|opentelemetry|os|rich|types|typing)\..*",
+    ),
     (r"py:.*", r"(pysagas\.[\w.]+\.)?(P|S|T|T_co|Ts|T[1-8])(\.args|\.kwargs)?"),  # type variables
     (r"py:class", r"pysagas\._definitions\.Definition|pysagas\._saga\._SagaDecorator|MakeTrial|Only"),
     # Imported for type checkers alone, so that autodoc knows no more than their names.

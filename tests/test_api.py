@@ -17,6 +17,8 @@ import pysagas.diagrams
 import pysagas.durable
 import pysagas.observe.logging
 import pysagas.observe.opentelemetry
+import pysagas.observe.progress
+import pysagas.observe.timing
 import pysagas.testing
 import sagas
 
@@ -53,6 +55,7 @@ PROMISED = {
     "MiddlewareError",
     "Outcome",
     "Parallel",
+    "Ran",
     "Saga",
     "SagaBuilder",
     "SagaDefinitionError",
@@ -66,6 +69,7 @@ PROMISED = {
     "StepState",
     "TreeNode",
     "current_effect",
+    "note_time",
     "observer",
     "open_saga",
     "outcome_of",
@@ -109,6 +113,8 @@ PROMISED_FOR_JOURNALS = {
 PROMISED_FOR_WATCHING = {
     pysagas.observe.logging: ["log_effects"],
     pysagas.observe.opentelemetry: ["trace_effects"],
+    pysagas.observe.progress: ["show_progress"],
+    pysagas.observe.timing: ["record_times"],
 }
 
 
@@ -140,8 +146,8 @@ def test_promised_names():
 
 
 def test_promised_diagrams():
-    """One function draws sagas and outcomes."""
-    assert ["mermaid"] == pysagas.diagrams.__all__
+    """One function draws sagas and outcomes, another one the times of a run."""
+    assert ["Timeline", "mermaid", "timeline"] == pysagas.diagrams.__all__
 
 
 def public_objects() -> Iterator[tuple[str, object]]:
@@ -152,6 +158,8 @@ def public_objects() -> Iterator[tuple[str, object]]:
         (pysagas.durable, "durable."),
         (pysagas.observe.logging, "observe.logging."),
         (pysagas.observe.opentelemetry, "observe.opentelemetry."),
+        (pysagas.observe.progress, "observe.progress."),
+        (pysagas.observe.timing, "observe.timing."),
     ):
         for name, value in public_objects_of(module):
             yield prefix + name, value

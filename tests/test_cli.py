@@ -22,8 +22,9 @@ import anyio.to_thread
 import pytest
 
 import pysagas as core
-from pysagas import _cli
+from pysagas import Parallel, Saga, Step, _cli
 from pysagas._cli import _print, _steps, _watch
+from pysagas.diagrams import mermaid
 from pysagas.durable import Event, EventKind, SQLiteJournal
 
 ROOT = Path(__file__).parent.parent
@@ -444,6 +445,87 @@ def test_results_of_another_codec():
     """What is no JSON is shown as text."""
     assert _steps.recorded_result(b'{"a": 1}') == {"a": 1}
     assert _steps.recorded_result(b"\xffx") == "\ufffdx"
+
+
+# --- graph --------------------------------------------------------------------------------------
+
+
+def test_graph_of_a_definition(shop, pysagas):
+    """A saga of an app is drawn as `mermaid` draws it; what the app prints goes elsewhere."""
+    assert pysagas("graph", "--app", "shop:order") == mermaid(shop.order)
+    assert pysagas("graph", "--app", "shop:listed", "--saga", "gift") == mermaid(shop.gift)
+
+
+def test_graph_of_a_run(journal, pysagas, capsys):
+    """A run is drawn from its history; with its saga, what takes steps back is there too."""
+    drawn = pysagas("graph", "order-3", "--journal", journal)
+    assert drawn.splitlines()[:6] == [
+        "flowchart TB",
+        '  n(["order<br/>interrupted"]):::interrupted',
+        '  n_0["reserve<br/>completed"]:::completed',
+        '  n_1["ship<br/>unknown"]:::unknown',
+        "  n --> n_0",
+        "  n_0 --> n_1",
+    ]
+    status = _cli.main(["graph", "order-3", "--journal", journal, "--app", "shop:managed"])
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "opened\nclosed\n")
+    assert '  n_1_back(["compensation: call_back"]):::back' in out.splitlines()
+
+
+def test_graph_of_a_run_that_is_under_way(shop, pysagas):
+    """What runs is drawn as running, and what has not begun is there where the saga is known."""
+    living = Living(shop, "sagas.db", (shop.order, "lamp", "order-1"))
+    drawn = pysagas("graph", "order-1", "--journal", "sagas.db")
+    living.end()
+    assert '  n(["order<br/>running"]):::running' in drawn
+    assert '  n_1["ship<br/>running"]:::running' in drawn
+
+    run_sagas("sagas.db", (shop.gift, "organ", "order-2"))
+    drawn = pysagas("graph", "order-2", "--journal", "sagas.db")
+    assert '  n_1{{"commit"}}:::commit' in drawn
+
+    run_sagas("sagas.db", (Saga([Step(shop.ship), Step(shop.reserve)], name="s"), "piano", "order-3"))
+    Path("saga_s.py").write_text(
+        "from pysagas import Commit, Saga, Step\nimport shop\n"
+        "s = Saga([Step(shop.ship), Commit(), Step(shop.reserve)], name='s')\n"
+    )
+    drawn = pysagas("graph", "order-3", "--journal", "sagas.db", "--app", "saga_s:s")
+    assert '  n_1{{"commit<br/>not passed"}}:::not_started' in drawn
+    assert '  n_2["reserve<br/>not started"]:::not_started' in drawn
+
+
+def test_graph_of_a_run_with_groups(shop, pysagas):
+    """What is around steps is a box, with its name where the history has it."""
+    group = Parallel(Saga([Step(shop.reserve), Step(shop.release)], name="inner"), name="both")
+    run_sagas("sagas.db", (Saga([group], name="s"), "lamp", "order-1"))
+    drawn = pysagas("graph", "order-1", "--journal", "sagas.db")
+    assert '  subgraph n_0["both"]' in drawn
+    assert '    subgraph n_0_0["inner"]' in drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a run, or an app whose saga is to be drawn"),
+        (("nobody", "--journal", "sagas.db"), "run 'nobody' is not in the journal"),
+        (("order-1",), "a run is in a journal: which one?"),
+        (("order-1", "--journal", "sagas.db", "--saga", "order"), "a run knows its saga"),
+        (("--app", "shop:missing"), "'shop' has no 'missing'"),
+        (("--app", "shop:listed"), "shop:listed has 3 sagas"),
+        (
+            ("--app", "shop:listed", "--saga", "x"),
+            "has no sagas of that name; there are order, order (2)",
+        ),
+        (
+            ("order-5", "--journal", "sagas.db", "--app", "shop:order"),
+            "run 'order-5' is one of order, version 2, which is not in shop:order",
+        ),
+    ],
+)
+def test_graph_refuses(arguments, message, journal, refused):
+    """What is to be drawn must be there, and be one thing."""
+    assert message in refused("graph", *arguments).replace("│ ", "").replace(" │", "")
 
 
 # --- watch --------------------------------------------------------------------------------------

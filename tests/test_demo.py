@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
 import anyio
 import anyio.lowlevel
+import pyte
 import pytest
 
 import pysagas
@@ -32,6 +34,8 @@ from pysagas._demo import _command, _order, _shop
 BEFORE_COMMIT = _demo.STEPS[:-1]
 GROUP = _demo.STEPS[2:5]
 RESTORED = "Restored: the tables, the files and the endpoint are what they were before."
+
+PUBLIC = ("pysagas", "pysagas.durable", "pysagas.observe.progress")
 
 MEMORY = Path("/dev/shm")
 
@@ -135,7 +139,7 @@ def test_module_imports_only_the_core(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module in ("pysagas", "pysagas.durable"):
+        elif isinstance(node, ast.ImportFrom) and node.module in PUBLIC:
             public = importlib.import_module(node.module).__all__
             assert {alias.name for alias in node.names} <= set(public)
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -758,6 +762,96 @@ def test_help(capsys):
     assert all(step in text for step in _demo.STEPS)
     assert "0 completed, 1 rolled back, 2 not restored" in text
     assert "64 bad usage" in text
+
+
+# --- on a terminal ------------------------------------------------------------------------------
+
+
+def what_comes(file):
+    """What is written to a terminal; nothing where nobody has it open any more."""
+    try:
+        return file.read(65536)
+    except OSError:  # as Linux says that
+        return b""
+
+
+def on_terminal(*arguments):
+    """Runs the demo as a program on a terminal; gives the exit status and the screen."""
+    here, its = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "pysagas", *map(str, arguments)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50", "PYTHONUTF8": "1"},
+    ) as process:
+        os.close(its)
+        with os.fdopen(here, "rb", buffering=0) as file:
+            written = b"".join(iter(partial(what_comes, file), b""))
+    screen = pyte.Screen(200, 50)
+    pyte.ByteStream(screen).feed(written)
+    return process.returncode, screen
+
+
+def drawn(screen):
+    """The lines of the tree, without their times."""
+    lines = "\n".join(line.rstrip() for line in screen.display).partition("\n\n")[0].splitlines()
+    return [re.sub(r"  +\d+\.\d\d s", "", line) for line in lines]
+
+
+@on_posix
+@on_both
+def test_on_a_terminal_there_is_a_tree(backend):
+    """Where rich is installed and there is a terminal, what happens is drawn as a tree."""
+    status, screen = on_terminal(
+        "--pace", "0.01", "--fail-compensation", "write-invoice", "--backend", backend
+    )
+    assert status == 2
+    assert not screen.cursor.hidden
+    assert [line[:36].rstrip() for line in drawn(screen)] == [
+        "✗ order                 could not be",
+        "  ↺ reserve-stock       taken back",
+        "  ↺ charge-account      taken back",
+        "  ✗ delivery            could not be",
+        "    ↺ book-courier      taken back",
+        "    ✗ write-invoice     could not be",
+        "    ↺ notify-warehouse  taken back",
+    ]
+    assert "NOT RESTORED: invoices differ from before." in "\n".join(screen.display)
+
+
+@on_posix
+def test_a_process_that_kills_itself_leaves_a_cursor(tmp_path):
+    """After ``--crash`` the tree stands as it was, with what to try now below it."""
+    journal = tmp_path / "sagas.db"
+    status, screen = on_terminal("--journal", journal, "--crash", "charge-account", "--pace", "1")
+    assert status == -signal.SIGKILL
+    assert not screen.cursor.hidden
+    _, reserve, charge = drawn(screen)
+    assert reserve == "  ✓ reserve-stock   done"
+    assert re.fullmatch(r"  . charge-account  running", charge)
+    assert screen.display[4].startswith("Killed: the work of charge-account is done")
+    assert screen.display[8].rstrip().endswith("--look")
+    assert (screen.cursor.y, screen.cursor.x) == (9, 0)
+
+
+def test_the_tree_is_drawn_on_what_stdout_is(monkeypatch, capsys):
+    """The tree goes to where the demo's other lines go, above them."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert _demo.main(["--pace", "0.01"]) == 0
+    tree, _, rest = capsys.readouterr().out.rpartition("\x1b[?25h")
+    assert re.search(r"✓ order .* ✓ confirm ", re.sub(r"\s|\x1b\[[\d;]*m", " ", tree))
+    assert "Completed: the order is placed." in rest
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_rich_or_terminal_there_are_lines(monkeypatch, capsys, missing):
+    """Without one of the two the demo prints what it always did."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: missing)
+    monkeypatch.setattr(_order, "find_spec", lambda name: None if missing else name)
+    assert _demo.main(["--pace", "0.01"]) == 0
+    assert steps(capsys.readouterr().out, "start") == list(_demo.STEPS)
 
 
 # --- Ctrl-C, for real ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pysagas import (
     saga,
 )
 from pysagas.diagrams import mermaid
+from pysagas.diagrams._flowchart import flowchart
 
 pytestmark = pytest.mark.anyio
 
@@ -142,21 +143,29 @@ async def test_an_outcome_has_the_shape_of_its_saga():
     assert all(re.search(r"n_4_", added) for added in of_run - of_saga)
 
 
+WORDS = {*(state.value for state in StepState), "failed", "interrupted", "running", "compensating"}
+
+
+def of_every_state():
+    """A picture with a step in each state, and in those that only a journal knows."""
+    nodes = [TreeNode("step", word, (index,)) for index, word in enumerate(sorted(WORDS))]
+    states = {node.path: node.name for node in nodes}
+    return flowchart([TreeNode("saga", "trip", ()), *nodes], states)
+
+
 async def test_every_state_has_its_class():
-    """Each state that a step can be in has a class, and only an outcome's picture has them."""
-    classes = {
-        "not_started",
-        "completed",
-        "not_applied",
-        "unknown",
-        "compensated",
-        "compensation_failed",
-        "failed",
-    }
+    """Each state that a step can be in has a class; a picture has those that it needs."""
     others = {"back", "commit"}
 
-    assert others == set(re.findall(r"classDef (\w+)", mermaid(trip())))
-    assert classes | others == set(re.findall(r"classDef (\w+)", mermaid(await ended(trip()))))
+    def classes(text):
+        return set(re.findall(r"classDef (\w+)", text))
+
+    assert others == classes(mermaid(trip()))
+    assert {"failed", "unknown", "completed", "compensated", "not_started"} | others == classes(
+        mermaid(await ended(trip()))
+    )
+    assert {word.replace(" ", "_") for word in WORDS} | others == classes(of_every_state())
+    assert classes(of_every_state()) - others == set(re.findall(r":::(\w+)", of_every_state()))
 
 
 def contrast(one, other):
@@ -175,9 +184,9 @@ def contrast(one, other):
 
 async def test_every_class_is_legible():
     """Text has a contrast of 4.5 or more to its own background, so that the page's does not matter."""
-    styles = re.findall(r"classDef .*fill:(#\w{6}).*color:(#\w{6})", mermaid(await ended(trip())))
+    styles = re.findall(r"classDef .*fill:(#\w{6}).*color:(#\w{6})", of_every_state())
 
-    assert 9 == len(styles)
+    assert len(WORDS) + 2 == len(styles)
     assert all(contrast(fill, color) >= 4.5 for fill, color in styles)
 
 

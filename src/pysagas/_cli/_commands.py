@@ -18,9 +18,11 @@ import anyio
 import typer
 
 from pysagas import SagaError
+from pysagas.diagrams import mermaid
 from pysagas.durable import JournalError, RunInfo, RunInterrupted, RunState, SQLiteJournal
 
 from ._app import AnySaga, BadApp, open_app
+from ._graph import graph_of_run
 from ._print import local_time, print_json, print_table, say, utc_time
 from ._runs import State, saga_of, state_of
 from ._steps import (
@@ -79,26 +81,22 @@ def backend_there(backend: Backend) -> Backend:
     return backend
 
 
-JournalOption = Annotated[
-    Path,
-    typer.Option(
-        "--journal",
-        envvar="PYSAGAS_JOURNAL",
-        metavar="PATH",
-        help="The file of the journal; it must be there.",
-        exists=True,
-        dir_okay=False,
-    ),
-]
-AppOption = Annotated[
-    str,
-    typer.Option(
-        "--app",
-        metavar="MODULE:NAME",
-        help="The sagas: a saga, a list of them, or a function that gives one of these, or a context "
-        "manager of them. The module may be in the current directory.",
-    ),
-]
+JOURNAL_OPTION: Any = typer.Option(
+    "--journal",
+    envvar="PYSAGAS_JOURNAL",
+    metavar="PATH",
+    help="The file of the journal; it must be there.",
+    exists=True,
+    dir_okay=False,
+)
+APP_OPTION: Any = typer.Option(
+    "--app",
+    metavar="MODULE:NAME",
+    help="The sagas: a saga, a list of them, or a function that gives one of these, or a context "
+    "manager of them. The module may be in the current directory.",
+)
+JournalOption = Annotated[Path, JOURNAL_OPTION]
+AppOption = Annotated[str, APP_OPTION]
 BackendOption = Annotated[
     Backend, typer.Option(help="The event loop of the sagas.", callback=backend_there)
 ]
@@ -178,6 +176,42 @@ def show(run_id: RunArgument, journal: JournalOption, as_json: JSONOption = Fals
     in_doubt = [line.name for line in lines if line.in_doubt]
     if in_doubt:
         say(f"\nIN DOUBT (begun, and nobody knows what came of it): {', '.join(in_doubt)}")
+    return FINE
+
+
+@commands.command(epilog=STATUSES)
+def graph(
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The id of a run; else a definition is drawn.")
+    ] = None,
+    journal: Annotated[Path | None, JOURNAL_OPTION] = None,
+    app: Annotated[str | None, APP_OPTION] = None,
+    saga: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of the app's sagas, if there are several.")
+    ] = None,
+) -> int:
+    """Draws a run of a journal, or a saga of an app, as a Mermaid flowchart.
+
+    Of a run, `--app` adds what its history does not tell: what was not begun, and what takes a step
+    back.
+    """
+    if run_id is None:
+        print(definition(app, saga), end="")
+        return FINE
+    if journal is None:
+        raise typer.BadParameter("a run is in a journal: which one?", param_hint="--journal")
+    if saga is not None:
+        raise typer.BadParameter("a run knows its saga", param_hint="--saga")
+
+    async def draw(opened: SQLiteJournal, sagas: list[AnySaga] | None = None) -> str:
+        info = await find(opened, run_id)
+        its_saga = None if sagas is None else saga_of_run(info, sagas, app)
+        return graph_of_run(info, await opened.history(run_id), its_saga)
+
+    if app is None:
+        print(in_journal(journal, draw), end="")
+    else:
+        print(with_app(journal, app, draw, Backend.ASYNCIO, quiet=True), end="")
     return FINE
 
 
@@ -284,14 +318,10 @@ def retry(
         if info.state is not RunState.FAILED:
             word = state_of(info).value
             raise typer.BadParameter(f"run {run_id!r} is {word}, and not failed", param_hint="RUN")
-        fitting = [one for one in sagas if (one.name, one.version) == (info.saga, info.version)]
-        if not fitting:
-            raise typer.BadParameter(
-                f"run {run_id!r} is one of {saga_of(info)}, which is not in {app}", param_hint="--app"
-            )
+        saga = saga_of_run(info, sagas, app)
         problem: Exception | None = None
         try:
-            await opened.retry(fitting[0], run_id)
+            await opened.retry(saga, run_id)
         except Exception as error:
             problem = error
         info = await find(opened, run_id)
@@ -395,6 +425,41 @@ def with_app(
         raise typer.BadParameter(str(error), param_hint="--app") from error
     except JournalError as error:
         raise typer.BadParameter(str(error), param_hint="--journal") from error
+
+
+def definition(app: str | None, name: str | None) -> str:
+    """Draws a saga of an app."""
+    if app is None:
+        raise typer.BadParameter("give a run, or an app whose saga is to be drawn", param_hint="--app")
+
+    async def draw() -> str:
+        async with open_app(app) as sagas:
+            fitting = [one for one in sagas if name in (None, one.name)]
+            if len(fitting) != 1:
+                there = ", ".join(
+                    f"{one.name} ({one.version})" if one.version else one.name for one in sagas
+                )
+                raise typer.BadParameter(
+                    f"{app} has {len(fitting) or 'no'} sagas of that name; there are {there}; give a name, or "
+                    "an app that leads to one of them",
+                    param_hint="--saga",
+                )
+            return mermaid(fitting[0])
+
+    try:
+        with redirect_stdout(sys.stderr):
+            return anyio.run(draw)
+    except BadApp as error:
+        raise typer.BadParameter(str(error), param_hint="--app") from error
+
+
+def saga_of_run(info: RunInfo, sagas: list[AnySaga], app: str | None) -> AnySaga:
+    for one in sagas:
+        if (one.name, one.version) == (info.saga, info.version):
+            return one
+    raise typer.BadParameter(
+        f"run {info.run_id!r} is one of {saga_of(info)}, which is not in {app}", param_hint="--app"
+    )
 
 
 async def find(journal: SQLiteJournal, run_id: str) -> RunInfo:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -183,12 +185,19 @@ def step(
     return Step(act, compensate, name=name, not_applied=not_applied)
 
 
+SHOW_CURSOR = "\x1b[?25h"
+
+
 def be_killed(shop: Shop, name: str) -> None:
     """Kills this process, as ``kill -9`` does: no exception, no compensation, no last word after it."""
-    print(f"\nKilled: the work of {name} is done, and that is not recorded. Now try:\n")
-    print(f"  pysagas list --journal {shop.journal}")
-    print(f"  pysagas recover --journal {shop.journal} --app pysagas.demo:app")
-    print(f"  pysagas demo --journal {shop.journal} --look", flush=True)
+    # Past the tree on a terminal, which has no time to show the cursor again.
+    is_terminal = sys.stdout.isatty()
+    out = sys.__stdout__ if is_terminal else sys.stdout
+    print(f"{SHOW_CURSOR}\n" if is_terminal else "", file=out)
+    print(f"Killed: the work of {name} is done, and that is not recorded. Now try:\n", file=out)
+    print(f"  pysagas list --journal {shop.journal}", file=out)
+    print(f"  pysagas recover --journal {shop.journal} --app pysagas.demo:app", file=out)
+    print(f"  pysagas demo --journal {shop.journal} --look", file=out, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -269,7 +278,16 @@ WORDS = {
 
 
 def progress() -> Middleware:
-    """Makes the middleware that prints each effect as it happens."""
+    """Makes the middleware that shows each effect as it happens: a tree, if there is a terminal."""
+    if sys.stdout.isatty() and find_spec("rich") is not None:
+        from pysagas.observe.progress import show_progress  # noqa: PLC0415 - needs the extra
+
+        return show_progress()
+    return lines()
+
+
+def lines() -> Middleware:
+    """Makes the middleware that prints a line where an effect begins, and one where it ends."""
     begun = time.monotonic()
 
     def say(word: str, effect: Effect, reason: str = "") -> None:

@@ -6,30 +6,36 @@ takes a step back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from pysagas import Outcome, Saga, SagaState, StepState, TreeNode
+from pysagas import Outcome, Saga, TreeNode
 
 from ._text import label
 
-__all__ = ["mermaid"]
+__all__ = ["flowchart", "mermaid"]
 
 _Inner = dict[tuple[int, ...], list[TreeNode]]
-_States = dict[tuple[int, ...], StepState | SagaState]
+# For each place how it stands, in words.
+_States = Mapping[tuple[int, ...], str]
 
 # Each has its own fill, border and text, so that it is legible on light pages and on dark ones. The
 # state is written out too, for whoever does not tell the colours apart.
 _WRONG = "fill:#ffd6d3,stroke:#cf222e,color:#67060c,stroke-width:4px"
-_STYLES: dict[StepState | SagaState, str] = {
-    StepState.NOT_STARTED: "fill:#ffffff,stroke:#8c959f,color:#57606a,stroke-dasharray:3 3",
-    StepState.COMPLETED: "fill:#d1f0d9,stroke:#1a7f37,color:#0b3d1c",
-    StepState.NOT_APPLIED: "fill:#e6e6e6,stroke:#57606a,color:#24292f",
-    StepState.UNKNOWN: "fill:#fff1c2,stroke:#bf8700,color:#4d3300,stroke-width:3px,stroke-dasharray:8 4",
-    StepState.COMPENSATED: "fill:#d6e8fb,stroke:#0969da,color:#0a2f5c",
-    StepState.COMPENSATION_FAILED: _WRONG,
-    SagaState.FAILED: _WRONG,
+_DOUBT = "fill:#fff1c2,stroke:#bf8700,color:#4d3300,stroke-width:3px,stroke-dasharray:8 4"
+_UNDER_WAY = "fill:#e8dff5,stroke:#8250df,color:#3e1f79,stroke-width:3px"
+_STYLES = {
+    "not started": "fill:#ffffff,stroke:#8c959f,color:#57606a,stroke-dasharray:3 3",
+    "running": _UNDER_WAY,
+    "completed": "fill:#d1f0d9,stroke:#1a7f37,color:#0b3d1c",
+    "not applied": "fill:#e6e6e6,stroke:#57606a,color:#24292f",
+    "unknown": _DOUBT,
+    "interrupted": _DOUBT,
+    "compensating": _UNDER_WAY,
+    "compensated": "fill:#d6e8fb,stroke:#0969da,color:#0a2f5c",
+    "compensation failed": _WRONG,
+    "failed": _WRONG,
 }
 _BACK = "fill:#f6f8fa,stroke:#8c959f,color:#24292f,stroke-dasharray:2 2"
 _COMMIT = "fill:#24292f,stroke:#8c959f,color:#ffffff"
@@ -52,12 +58,22 @@ def mermaid(drawn: Saga[..., Any] | Outcome[Any]) -> str:
     Raises:
         TypeError: It is something else.
     """
-    states: _States = {}
+    states: dict[tuple[int, ...], str] = {}
     if isinstance(drawn, Outcome):
-        states = {(): drawn.state, **{step.path: step.state for step in drawn.steps}}
+        states = {(): drawn.state.value, **{step.path: step.state.value for step in drawn.steps}}
     elif not isinstance(drawn, Saga):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"mermaid draws a Saga or an Outcome, not {drawn!r}")
-    tree = drawn.tree
+    return flowchart(drawn.tree, states)
+
+
+def flowchart(tree: Iterable[TreeNode], states: _States) -> str:
+    """Draws a tree as a Mermaid flowchart.
+
+    Args:
+        tree: Its places, in the order of their paths, the saga itself first.
+        states: How each stands, in words; of a definition, where nothing has run, empty.
+    """
+    tree = list(tree)
     inner: _Inner = {node.path: [] for node in tree}
     for node in tree[1:]:
         inner[node.path[:-1]].append(node)
@@ -67,8 +83,8 @@ def mermaid(drawn: Saga[..., Any] | Outcome[Any]) -> str:
     # After all boxes: Mermaid puts a node into the box in which it is first named.
     for node in tree:
         lines += [f"  {edge}" for edge in _edges(node, inner[node.path])]
-    if states:
-        lines += [f"  classDef {_class(state)} {style}" for state, style in _STYLES.items()]
+    shown = {*states.values(), *(["not started"] if states else [])}
+    lines += [f"  classDef {_class(word)} {_STYLES[word]}" for word in _STYLES if word in shown]
     lines += [f"  classDef back {_BACK}", f"  classDef commit {_COMMIT}"]
     return "\n".join(lines) + "\n"
 
@@ -89,11 +105,11 @@ def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
     mark = ""
     if node.kind == "commit":
         passed = node.passed or not states
-        mark = ":::commit" if passed else f":::{_class(StepState.NOT_STARTED)}"
+        mark = ":::commit" if passed else f":::{_class('not started')}"
         title += "" if passed else "<br/>not passed"
     elif state is not None:
         mark = f":::{_class(state)}"
-        title += f"<br/>{state.value}"
+        title += f"<br/>{state}"
     begin, end = _shape(node, inner)
     yield f'{_id(node)}{begin}"{title}"{end}{mark}'
     ways = [
@@ -132,8 +148,8 @@ def _has_way_back(node: TreeNode) -> bool:
     return node.undo is not None or node.compensation is not None
 
 
-def _class(state: StepState | SagaState) -> str:
-    return state.name.lower()
+def _class(state: str) -> str:
+    return state.replace(" ", "_")
 
 
 def _id(node: TreeNode) -> str:
