@@ -682,6 +682,16 @@ def test_watch_refuses(journal, refused):
     assert "--every" in refused("watch", "--every", "0", "--journal", journal)
 
 
+def test_a_step_that_was_cut_off_stands_as_that_left_it():
+    """A step that did nothing before its cancellation is not in doubt."""
+    events = [
+        Event(EventKind.STARTED, (0,), "a"),
+        Event(EventKind.CUT_OFF, (0,), "a", b"not started"),
+    ]
+    (line,) = _steps.step_lines(events, running=False)
+    assert (line.state, line.in_doubt) == ("not started", False)
+
+
 def test_watch_names_what_is_taken_back():
     """A compensation that is under way is named as such."""
     events = [

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pysagas import StepState
 from pysagas.durable import Event, EventKind, RunInfo
 
 __all__ = [
@@ -21,12 +22,6 @@ __all__ = [
 
 # Begun, and no word of an end: so, if the process is dead, nobody knows.
 OPEN = {EventKind.STARTED: "running", EventKind.COMPENSATING: "compensating"}
-ENDED = {
-    EventKind.DONE: "completed",
-    EventKind.COMPENSATED: "compensated",
-    EventKind.NOT_COMPENSATED: "compensation failed",
-}
-OF_GROUPS = {EventKind.JOINED, EventKind.BROKEN, EventKind.LEFT}
 # What is no step: a line for each, since there may be several of one path.
 MARKS = {
     EventKind.COMMITTED: ("commit", "passed"),
@@ -73,37 +68,29 @@ def step_lines(events: Iterable[Event], *, running: bool) -> list[StepLine]:
     lines: dict[object, StepLine] = {}
     for event in events:
         kind, path, name, data, at = event
-        if kind in OF_GROUPS:
-            continue
         if kind in MARKS:
             mark, state = MARKS[kind]
             cause = data.decode(errors="replace") or None
             lines[len(lines)] = StepLine(mark, path, name, state, at, at, error=cause)
             continue
+        said = event.said()
+        if said is None:
+            continue
         line = lines.setdefault(path, StepLine("step", path, name, "", at, at))
         line.last = at
-        line.in_doubt = kind in OPEN and not running
-        if kind in ENDED:
-            line.state = ENDED[kind]
-        elif kind in OPEN:
+        if kind in OPEN:
+            line.in_doubt = not running
             line.state = "unknown" if kind is EventKind.STARTED and not running else OPEN[kind]
-        match kind:
-            case EventKind.STARTED:
-                line.result = line.error = None
-            case EventKind.DONE:
-                line.result = data
-            case EventKind.FAILED | EventKind.ANSWERED:
-                end = json.loads(data)
-                line.state = end["state"]
-                line.in_doubt = line.state == "unknown"
-                if end["result"] is not None:
-                    line.result = end["result"].encode("latin-1")
-                if kind is EventKind.FAILED:
-                    line.error = error_text(end["error"])
-            case EventKind.NOT_COMPENSATED:
-                line.error = error_text(json.loads(data))
-            case _:
-                pass
+        else:
+            now, result = said.reported()
+            line.state = now.value
+            line.in_doubt = now is StepState.UNKNOWN
+            if result is not None:
+                line.result = result
+            if said.error is not None:
+                line.error = error_text(said.error)
+        if kind is EventKind.STARTED:
+            line.result = line.error = None
     return list(lines.values())
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pysagas import StepState
+
+from ._codec import as_bytes
 
 __all__ = [
     "BACK",
@@ -16,6 +21,7 @@ __all__ = [
     "Relevant",
     "RunInfo",
     "RunState",
+    "Said",
     "below",
     "relevant",
 ]
@@ -80,6 +86,30 @@ class RunState(Enum):
     """Not everything was taken back: somebody has to look, and then `retry` it."""
 
 
+class Said(NamedTuple):
+    """What an event says of its step.
+
+    Attributes:
+        state: How the step stands.
+        result: What its action returned, as recorded; None where it did not, or that is not recorded.
+        error: What the action raised, or its compensation, as recorded; None where it did not.
+        answer: What its caller was given in place of the result, as recorded; None for the result.
+        typed: Whether the answer is of the type that the action returns.
+    """
+
+    state: StepState
+    result: bytes | None = None
+    error: dict[str, Any] | None = None
+    answer: bytes | None = None
+    typed: bool = True
+
+    def reported(self) -> tuple[StepState, bytes | None]:
+        """Gives state and result for a report: what was answered, and never run, is completed by that."""
+        if self.state is StepState.NOT_STARTED and self.answer is not None:
+            return StepState.COMPLETED, self.answer
+        return self.state, self.result
+
+
 class Event(NamedTuple):
     """One thing that happened in a run.
 
@@ -96,6 +126,32 @@ class Event(NamedTuple):
     name: str
     data: bytes = b""
     at: float = 0.0
+
+    def said(self) -> Said | None:
+        """Reads what it says of a step; None for what is no event of an action or a compensation."""
+        match self.kind:
+            case EventKind.STARTED:
+                return Said(StepState.UNKNOWN)
+            case EventKind.DONE:
+                return Said(StepState.COMPLETED, self.data)
+            case EventKind.ANSWERED | EventKind.FAILED:
+                end = json.loads(self.data)
+                result, answer = (
+                    None if end.get(name) is None else as_bytes(end[name])
+                    for name in ("result", "answer")
+                )
+                state = StepState(end["state"])
+                return Said(state, result, end.get("error"), answer, end.get("typed", True))
+            case EventKind.CUT_OFF:
+                return Said(StepState(self.data.decode()))
+            case EventKind.COMPENSATED:
+                return Said(StepState.COMPENSATED)
+            case EventKind.COMPENSATING:
+                return Said(StepState.COMPENSATION_FAILED)
+            case EventKind.NOT_COMPENSATED:
+                return Said(StepState.COMPENSATION_FAILED, error=json.loads(self.data))
+            case _:
+                return None
 
 
 class RunInfo(NamedTuple):

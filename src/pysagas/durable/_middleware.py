@@ -202,9 +202,9 @@ class RunMiddleware:
             await self.replay.go_forward(effect)
         except BaseException as error:
             if last is not None:
-                started = last.kind is EventKind.STARTED
-                state = StepState.UNKNOWN if started else StepState(last.data.decode())
-                step.recall(state, error=error)
+                said = last.said()
+                assert said is not None
+                step.recall(said.state, error=error)
             raise
         if last is not None and last.kind is EventKind.STARTED:
             # It runs again; and whatever comes of that, it may have had its effect before.
@@ -217,23 +217,22 @@ class RunMiddleware:
     def _recall(self, effect: Effect, step: StepInHand, event: Event) -> object:
         """Gives the recorded result of an action, or raises what it raised."""
         kind = return_type(step.action)
-        if event.kind is EventKind.DONE:
-            result = self._decode(event.data, kind, effect)
-            step.recall(StepState.COMPLETED, result=result)
-            return result
-        data = json.loads(event.data)
-        state = StepState(data["state"])
+        said = event.said()
+        assert said is not None
+        state, recorded, failure, answer, typed = said
         result = None
-        if data["result"] is not None:
-            result = self._decode(as_bytes(data["result"]), kind, effect)
+        if recorded is not None:
+            result = self._decode(recorded, kind, effect)
         elif state is StepState.COMPLETED:
             state = self._recall_lost(effect, step)
-        if event.kind is EventKind.ANSWERED:
+        if answer is not None:
             step.recall(state, result=result)
-            return self._decode(as_bytes(data["answer"]), kind if data["typed"] else Any, effect)
-        error = decode_error(data["error"])
+            return self._decode(answer, kind if typed else Any, effect)
+        error = None if failure is None else decode_error(failure)
         step.recall(state, result=result, error=error)
-        raise error
+        if error is not None:
+            raise error
+        return result
 
     def _recall_lost(self, effect: Effect, step: StepInHand) -> StepState:
         """Says how a step stands whose action returned what could not be recorded.

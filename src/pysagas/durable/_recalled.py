@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,9 +17,9 @@ from pysagas import (
     attach_outcome,
 )
 
-from ._codec import Codec, as_bytes, decode_error, return_type
+from ._codec import Codec, decode_error, return_type
 from ._errors import Interrupted, RecordedError, RunInterrupted, SagaChanged
-from ._events import Event, EventKind, relevant
+from ._events import BACK, Event, EventKind, relevant
 from ._storage import Ending
 
 __all__ = [
@@ -178,30 +177,22 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
     events = list(events)
     reports: dict[tuple[int, ...], StepReport] = {}
     history, settled, _ = relevant(events)
-    for kind, path, name, data, _ in history:
-        known = reports.get(path, StepReport(name, path, StepState.UNKNOWN))
-        match kind:
-            case EventKind.STARTED:
-                reports[path] = known
-            case EventKind.DONE:
-                result = codec.decode(data, Any)
-                reports[path] = known._replace(state=StepState.COMPLETED, result=result)
-            case EventKind.ANSWERED:
-                reports[path] = known._replace(**_answered(json.loads(data), codec))
-            case EventKind.FAILED:
-                failure = json.loads(data)
-                state = StepState(failure["state"])
-                reports[path] = known._replace(state=state, error=decode_error(failure["error"]))
-            case EventKind.CUT_OFF:
-                reports[path] = known._replace(state=StepState(data.decode()))
-            case EventKind.COMPENSATED:
-                reports[path] = known._replace(state=StepState.COMPENSATED)
-            case EventKind.COMPENSATING:
-                reports[path] = known._replace(state=StepState.COMPENSATION_FAILED)
-            case EventKind.NOT_COMPENSATED:
-                reports[path] = known._replace(compensation_error=decode_error(json.loads(data)))
-            case _:
-                pass
+    for event in history:
+        said = event.said()
+        if said is None:
+            continue
+        known = reports.get(event.path, StepReport(event.name, event.path, StepState.UNKNOWN))
+        state, result = said.reported()
+        known = known._replace(state=state)
+        if result is not None:
+            known = known._replace(result=codec.decode(result, Any))
+        if said.error is not None:
+            error = decode_error(said.error)
+            if event.kind in BACK:
+                known = known._replace(compensation_error=error)
+            else:
+                known = known._replace(error=error)
+        reports[event.path] = known
     names = {event.path: event.name for event in events}
     for path in settled:
         # The function of an `on_rollback` has not begun anywhere in the history.
@@ -238,12 +229,3 @@ def _times(events: Iterable[Event]) -> list[Ran]:
             index = open_at.pop(event.path)
             times[index] = times[index]._replace(ended=event.at)
     return times
-
-
-def _answered(data: dict[str, Any], codec: Codec) -> dict[str, Any]:
-    """Gives the state and the result of a step for which somebody has answered."""
-    state = StepState(data["state"])
-    if state is StepState.NOT_STARTED:  # and nothing else was: for its caller it is completed
-        return {"state": StepState.COMPLETED, "result": codec.decode(as_bytes(data["answer"]), Any)}
-    result = None if data["result"] is None else codec.decode(as_bytes(data["result"]), Any)
-    return {"state": state, "result": result}
