@@ -7,8 +7,10 @@ from helpers import Boom
 
 from pysagas import (
     CallNext,
+    Commit,
     CompensationFailed,
     Effect,
+    Parallel,
     Saga,
     SagaBuilder,
     SagaDefinitionError,
@@ -25,6 +27,29 @@ pytestmark = pytest.mark.anyio
 
 
 # --- the step in hand -----------------------------------------------------------------------------
+
+
+async def test_the_definition_of_what_holds_steps_can_be_seen():
+    """A middleware, an observer too, sees the group and the saga that an effect carries out."""
+    seen: dict[tuple[str, tuple[int, ...]], object] = {}
+
+    @observer
+    async def look(effect: Effect, call_next: CallNext) -> None:
+        seen[effect.kind, effect.path] = call_next.definition
+        await call_next()
+
+    inner = Saga([Step(len)], name="inner")
+    group = Parallel(inner, limit=1)
+    whole = Saga([group, Commit()], middleware=[look])
+    await whole.run("")
+
+    assert {
+        ("saga", ()): whole,
+        ("group", (0,)): group,
+        ("saga", (0, 0)): inner,
+        ("action", (0, 0, 0)): None,
+        ("commit", (1,)): None,
+    } == seen
 
 
 async def test_the_step_in_hand_says_how_far_it_has_come():

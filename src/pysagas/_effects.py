@@ -129,6 +129,11 @@ class CallNext(Protocol):
         """The step, for an action or a compensation; None for the other kinds of effects."""
         ...
 
+    @property
+    def definition(self) -> object | None:
+        """The `Parallel` of a group, the `Saga` of a saga; None for the other kinds of effects."""
+        ...
+
     async def __call__(self) -> object:
         """Runs the effect, through the middleware that stands further in."""
         ...
@@ -204,7 +209,16 @@ def note_time(effect: Effect, began: float, ended: float) -> None:
 class _CallNext:
     """The rest of a chain, from one middleware on."""
 
-    __slots__ = ("_begun", "_effect", "_ended", "_innermost", "_middleware", "_running", "step")
+    __slots__ = (
+        "_begun",
+        "_effect",
+        "_ended",
+        "_innermost",
+        "_middleware",
+        "_running",
+        "definition",
+        "step",
+    )
 
     def __init__(
         self,
@@ -212,8 +226,10 @@ class _CallNext:
         effect: Effect,
         innermost: Callable[[], Awaitable[object]],
         step: StepInHand | None,
+        definition: object | None,
     ) -> None:
         self.step = step
+        self.definition = definition
         self._middleware = middleware
         self._effect = effect
         self._innermost = innermost
@@ -231,7 +247,7 @@ class _CallNext:
             self._refuse("a second time; only actions and compensations can be repeated")
         self._begun = self._running = True
         try:
-            return await through(self._middleware, effect, self._innermost, self.step)
+            return await through(self._middleware, effect, self._innermost, self.step, self.definition)
         finally:
             self._running = False
 
@@ -250,11 +266,12 @@ async def through(
     effect: Effect,
     innermost: Callable[[], Awaitable[object]],
     step: StepInHand | None = None,
+    definition: object | None = None,
 ) -> object:
     """Runs an effect through a chain of middleware, outermost first."""
     if not middleware:
         return await innermost()
-    rest = _CallNext(middleware[1:], effect, innermost, step)
+    rest = _CallNext(middleware[1:], effect, innermost, step, definition)
     try:
         return await middleware[0](effect, rest)
     finally:
@@ -329,6 +346,10 @@ class _Watched:
     @property
     def step(self) -> StepInHand | None:
         return self._call_next.step
+
+    @property
+    def definition(self) -> object | None:
+        return self._call_next.definition
 
     async def __call__(self) -> object:
         if self.called:

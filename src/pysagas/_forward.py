@@ -88,16 +88,21 @@ async def carry_out(
         if not owner.middleware:
             return await _carry_out_members(entry, owner, args, kwargs)
         members = partial(_carry_out_members, entry, owner, args, kwargs)
-        return await _through_whole(owner.middleware, owner.effect("group", entry.name, path), members)
+        effect = owner.effect("group", entry.name, path)
+        return await _through_whole(owner.middleware, effect, members, entry.definition)
     assert entry.saga is not None
     if not entry.middleware:
         return await entry.saga.forward(entry, args, kwargs)
     forward = partial(entry.saga.forward, entry, args, kwargs)
-    return await _through_whole(entry.middleware, entry.effect("saga", entry.name, path), forward)
+    effect = entry.effect("saga", entry.name, path)
+    return await _through_whole(entry.middleware, effect, forward, entry.saga)
 
 
 async def _through_whole(
-    middleware: tuple[Middleware, ...], effect: Effect, forward: Callable[[], Awaitable[Any]]
+    middleware: tuple[Middleware, ...],
+    effect: Effect,
+    forward: Callable[[], Awaitable[Any]],
+    definition: Definition[..., Any],
 ) -> Any:
     """Carries out a group or an inner saga as an effect: swallowing its failure does not undo it.
 
@@ -112,7 +117,7 @@ async def _through_whole(
             failed.append(error)
             raise
 
-    result = await through(middleware, effect, watched)
+    result = await through(middleware, effect, watched, definition=definition)
     if not failed:
         return result
     try:

@@ -227,7 +227,8 @@ async def run_through(
     error: BaseException | None = None
     value: Any = None
     try:
-        value = await through(root.middleware, root.effect("saga", root.name, root.path), run)
+        effect = root.effect("saga", root.name, root.path)
+        value = await through(root.middleware, effect, run, definition=root.saga)
     except GeneratorExit:
         raise
     except BaseException as raised:

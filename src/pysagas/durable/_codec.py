@@ -8,10 +8,12 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol, cast
+
+from pysagas import Bound, Parallel, Saga, Step
 
 from ._errors import NotRecordable, RecordedError
 
@@ -25,6 +27,7 @@ __all__ = [
     "encode_arguments",
     "encode_error",
     "encode_result",
+    "function_of",
     "return_type",
     "same_arguments",
     "text_of",
@@ -143,6 +146,23 @@ def _return_type(function: Any) -> Any:
 def return_type(function: Callable[..., Any]) -> Any:
     """Gives the type that a function says it returns; Any where it does not say."""
     return _once_for_each(_return_type, function)
+
+
+# The same one for the same saga, so that its annotations are read once.
+@lru_cache(maxsize=10_000)
+def function_of(part: Any) -> Callable[..., Any] | None:
+    """Gives the function whose annotations tell what a saga's arguments are; None where there is none."""
+    if isinstance(part, Step):
+        return cast("Step[..., Any]", part).action
+    function = getattr(part, "function", None)
+    if function is not None:
+        return partial(function, None)  # without the scope
+    parts: Sequence[Any] = part.parts if isinstance(part, Saga | Parallel) else ()
+    for inner in parts:
+        found = None if isinstance(inner, Bound) else function_of(inner)
+        if found is not None:
+            return found
+    return None
 
 
 def _once_for_each(cached: Any, function: Any) -> Any:

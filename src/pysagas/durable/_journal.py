@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import anyio
 
 from pysagas import (
     AlreadyCommitted,
-    Bound,
     CompensationFailed,
     Outcome,
-    Parallel,
     Saga,
     SagaState,
-    Step,
     outcome_of,
 )
 
@@ -30,6 +27,7 @@ from ._codec import (
     decode_arguments,
     encode_arguments,
     encode_error,
+    function_of,
     same_arguments,
 )
 from ._errors import (
@@ -181,7 +179,7 @@ class Journal(Storage):
     ) -> Outcome[T]:
         place = _check_run(saga, run_id, exceptions)
         _check_on_crash("run", on_crash)
-        data = encode_arguments(self._codec, args, kwargs, _function_of(saga), place)
+        data = encode_arguments(self._codec, args, kwargs, function_of(saga), place)
         saga.check_call(args, kwargs, "{}.run")
         with self._hold(run_id):
             claim = await self._claim_call(saga, args, kwargs, run_id, data)
@@ -218,7 +216,7 @@ class Journal(Storage):
             stored = await self._stored(run_id)
             if stored is None or stored.saga != saga.name:
                 raise
-            if not same_arguments(self._codec, stored.args, args, kwargs, _function_of(saga)):
+            if not same_arguments(self._codec, stored.args, args, kwargs, function_of(saga)):
                 raise
         return await claim(stored.args, time.time(), create=True)
 
@@ -370,7 +368,7 @@ class Journal(Storage):
                 f"of {saga.name!r}, version {saga.version!r}; give the saga of its name and version"
             )
         place = f"run {stored.run_id!r} of saga {saga.name!r}"
-        call = decode_arguments(self._codec, stored.args, _function_of(saga), place)
+        call = decode_arguments(self._codec, stored.args, function_of(saga), place)
         try:
             saga.check_call(*call, "{}.run")
         except TypeError as error:
@@ -727,20 +725,3 @@ def _missing(stored: Stored, known: Mapping[tuple[str, str | None], AnySaga]) ->
         return f"{what}; of that saga only these versions were given: {versions}"
     given = ", ".join(sorted({name for name, _ in known})) or "none"
     return f"{what}, which was not given; give it to recover([...]). Given: {given}"
-
-
-# The same one for the same saga, so that its annotations are read once.
-@lru_cache(maxsize=10_000)
-def _function_of(part: Any) -> Callable[..., Any] | None:
-    """Gives the function whose annotations tell what a saga's arguments are."""
-    if isinstance(part, Step):
-        return cast("Step[..., Any]", part).action
-    function = getattr(part, "function", None)
-    if function is not None:
-        return partial(function, None)  # without the scope
-    parts: Sequence[Any] = part.parts if isinstance(part, Saga | Parallel) else ()
-    for inner in parts:
-        found = None if isinstance(inner, Bound) else _function_of(inner)
-        if found is not None:
-            return found
-    return None

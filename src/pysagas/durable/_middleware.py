@@ -21,14 +21,12 @@ from pysagas import CallNext, Effect, Saga, StepInHand, StepState
 
 from ._codec import (
     Codec,
-    as_bytes,
-    as_text,
     decode_error,
     encode_error,
     encode_result,
-    return_type,
     text_of,
 )
+from ._ends import Ends
 from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
 from ._events import Event, EventKind, Path, relevant
 from ._recalled import value_type
@@ -81,6 +79,7 @@ class RunMiddleware:
         self._recorder = recorder
         self._codec = codec
         self._saga = saga
+        self._ends = Ends(codec, saga.name)
         # And what was taken back before the run was tried again, which stands in no order with the rest.
         history, self._settled, self.carried_on = relevant(events)
         self._resume = resume
@@ -216,23 +215,15 @@ class RunMiddleware:
 
     def _recall(self, effect: Effect, step: StepInHand, event: Event) -> object:
         """Gives the recorded result of an action, or raises what it raised."""
-        kind = return_type(step.action)
-        said = event.said()
-        assert said is not None
-        state, recorded, failure, answer, typed = said
-        result = None
-        if recorded is not None:
-            result = self._decode(recorded, kind, effect)
-        elif state is StepState.COMPLETED:
-            state = self._recall_lost(effect, step)
-        if answer is not None:
-            step.recall(state, result=result)
-            return self._decode(answer, kind if typed else Any, effect)
-        error = None if failure is None else decode_error(failure)
-        step.recall(state, result=result, error=error)
-        if error is not None:
-            raise error
-        return result
+        try:
+            ended = self._ends.read(effect, step, event)
+        except SagaChanged as changed:
+            self.replay.abandon(changed)
+        state = self._recall_lost(effect, step) if ended.is_lost else ended.state
+        step.recall(state, result=ended.result, error=ended.error)
+        if ended.error is not None:
+            raise ended.error
+        return ended.value
 
     def _recall_lost(self, effect: Effect, step: StepInHand) -> StepState:
         """Says how a step stands whose action returned what could not be recorded.
@@ -246,79 +237,18 @@ class RunMiddleware:
         self._lost.add(effect.path)
         return StepState.COMPLETED
 
-    def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
-        try:
-            return self._codec.decode(data, kind)
-        except Exception as error:
-            changed = SagaChanged(
-                f"the recorded result of {effect.name!r} at {effect.path}, "
-                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
-                "the action returns changed since?"
-            )
-            changed.__cause__ = error
-            self.replay.abandon(changed)
-
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         try:
             await self._record(EventKind.STARTED, effect)
             answer = await call_next()
-            returned = step.state is StepState.COMPLETED and answer is step.result
-            if returned:
-                data = self._encode(effect, step, answer)
-            else:
-                data = self._encode_answer(effect, step, answer)
+            kind, data = self._ends.returned(effect, step, answer)
         except BaseException as error:
-            self._note_failure(effect, step, error)
+            self._last_error = f"{type(error).__name__}: {text_of(error)}"
+            for kind, data in self._ends.raised(effect, step, error):
+                self._append(kind, effect, data)
             raise
-        self._append(EventKind.DONE if returned else EventKind.ANSWERED, effect, data)
+        self._append(kind, effect, data)
         return answer
-
-    def _note_failure(self, effect: Effect, step: StepInHand, error: BaseException) -> None:
-        self._last_error = f"{type(error).__name__}: {text_of(error)}"
-        result = self._encode_result(effect, step)
-        if isinstance(error, Exception):
-            failure = {
-                "state": step.state.value,
-                "result": result,
-                "error": encode_error(error),
-            }
-            self._append(EventKind.FAILED, effect, json.dumps(failure).encode())
-        elif step.state is not StepState.UNKNOWN and (result is not None) == (
-            step.state is StepState.COMPLETED
-        ):
-            # A cancellation is no result; but the action had returned before, or this step is not in
-            # doubt, and will not be compensated.
-            if result is not None:
-                self._append(EventKind.DONE, effect, as_bytes(result))
-            self._append(EventKind.CUT_OFF, effect, step.state.value.encode())
-
-    def _encode_answer(self, effect: Effect, step: StepInHand, answer: object) -> bytes:
-        """Gives the data of an action for which somebody else has answered, in whatever type."""
-        try:
-            data, typed = self._encode(effect, step, answer), True
-        except NotRecordable:
-            place = f"what was answered for step {effect.name!r} of saga {self._saga.name!r}"
-            data, typed = encode_result(self._codec, answer, Any, place), False
-        answered = {
-            "state": step.state.value,
-            "result": self._encode_result(effect, step),
-            "answer": as_text(data),
-            "typed": typed,
-        }
-        return json.dumps(answered).encode()
-
-    def _encode_result(self, effect: Effect, step: StepInHand) -> str | None:
-        """Gives what an action returned; None where it did not, or that cannot be recorded."""
-        if step.state is not StepState.COMPLETED:
-            return None
-        try:
-            return as_text(self._encode(effect, step, step.result))
-        except NotRecordable:
-            return None
-
-    def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
-        place = f"step {effect.name!r} of saga {self._saga.name!r} at {effect.path}"
-        return encode_result(self._codec, result, return_type(step.action), place)
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
         late: BaseException | None = None

@@ -1,0 +1,121 @@
+"""How actions ended: written for whoever keeps a run, and read again where it is replayed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from pysagas import Effect, StepInHand, StepState
+
+from ._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode_result, return_type
+from ._errors import NotRecordable, SagaChanged
+from ._events import Event, EventKind
+
+__all__ = ["Ended", "Ends"]
+
+Written = tuple[EventKind, bytes]
+
+
+class Ended(NamedTuple):
+    """How an action ended when it ran.
+
+    Attributes:
+        state: In which state that left its step.
+        result: What it had returned, for an undo; None where it had not.
+        value: What its caller was given.
+        error: What it raised; None where it did not.
+        is_lost: Whether it had returned what could not be recorded.
+    """
+
+    state: StepState
+    result: Any
+    value: Any
+    error: BaseException | None
+    is_lost: bool
+
+
+class Ends:
+    """Writes how the actions of one saga's run end, and reads that again."""
+
+    def __init__(self, codec: Codec, saga: str) -> None:
+        """Makes one.
+
+        Args:
+            codec: For results.
+            saga: The name of the saga, for messages.
+        """
+        self._codec = codec
+        self._saga = saga
+
+    def returned(self, effect: Effect, step: StepInHand, answer: object) -> Written:
+        """Writes what the caller of an action is given, which mostly is what the action returned.
+
+        Raises:
+            NotRecordable: It would not come back as it is.
+        """
+        if step.state is StepState.COMPLETED and answer is step.result:
+            return EventKind.DONE, self._encode(effect, step, answer)
+        # A retry or a middleware has answered in its place, in whatever type.
+        try:
+            data, typed = self._encode(effect, step, answer), True
+        except NotRecordable:
+            place = f"what was answered for step {effect.name!r} of saga {self._saga!r}"
+            data, typed = encode_result(self._codec, answer, Any, place), False
+        answered = {
+            "state": step.state.value,
+            "result": self._encode_result(effect, step),
+            "answer": as_text(data),
+            "typed": typed,
+        }
+        return EventKind.ANSWERED, json.dumps(answered).encode()
+
+    def raised(self, effect: Effect, step: StepInHand, error: BaseException) -> list[Written]:
+        """Writes what an action raised, and the state in which that left its step."""
+        result = self._encode_result(effect, step)
+        if isinstance(error, Exception):
+            failure = {"state": step.state.value, "result": result, "error": encode_error(error)}
+            return [(EventKind.FAILED, json.dumps(failure).encode())]
+        if step.state is StepState.UNKNOWN or (result is None) == (step.state is StepState.COMPLETED):
+            return []
+        # A cancellation is no result; but the action had returned before, or this step is not in
+        # doubt, and will not be compensated.
+        cut_off = EventKind.CUT_OFF, step.state.value.encode()
+        return [cut_off] if result is None else [(EventKind.DONE, as_bytes(result)), cut_off]
+
+    def read(self, effect: Effect, step: StepInHand, event: Event) -> Ended:
+        """Reads how an action ended.
+
+        Raises:
+            SagaChanged: What it returned is not of the type that it returns now.
+        """
+        said = event.said()
+        assert said is not None
+        state, recorded, failure, answer, typed = said
+        kind = return_type(step.action)
+        result = None if recorded is None else self._decode(recorded, kind, effect)
+        value = result if answer is None else self._decode(answer, kind if typed else Any, effect)
+        error = None if failure is None else decode_error(failure)
+        return Ended(state, result, value, error, recorded is None and state is StepState.COMPLETED)
+
+    def _encode_result(self, effect: Effect, step: StepInHand) -> str | None:
+        """Gives what an action returned; None where it did not, or that cannot be recorded."""
+        if step.state is not StepState.COMPLETED:
+            return None
+        try:
+            return as_text(self._encode(effect, step, step.result))
+        except NotRecordable:
+            return None
+
+    def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
+        place = f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
+        return encode_result(self._codec, result, return_type(step.action), place)
+
+    def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
+        try:
+            return self._codec.decode(data, kind)
+        except Exception as error:
+            raise SagaChanged(
+                f"the recorded result of {effect.name!r} at {effect.path}, "
+                f"{data.decode(errors='replace')}, cannot be read as {kind!r}: {error}; has the type that "
+                "the action returns changed since?"
+            ) from error
