@@ -352,6 +352,7 @@ async def test_d1_a_failed_run_is_not_an_expected_failure(journal, shop):
             [str(one) for one in caught.value.failures],
         )
         assert outcome.error is caught.value
+        assert isinstance(caught.value.error, Boom)
         assert {"a": StepState.COMPENSATION_FAILED, "b": StepState.COMPENSATED} == {
             step.name: step.state for step in outcome.steps
         }

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol, cast
 
-from pysagas import Bound, Parallel, Saga, Step
+from pysagas import Bound, CompensationFailed, Parallel, Saga, Step
 
 from ._errors import NotRecordable, RecordedError
 
@@ -349,6 +349,8 @@ def encode_error(error: BaseException) -> dict[str, Any]:
             if not name.startswith("__") and _comes_back(value)
         },
     }
+    if isinstance(error, CompensationFailed) and error.error is not None:
+        recorded["started_by"] = encode_error(error.error)
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         recorded["text"] = group.message

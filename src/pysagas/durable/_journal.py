@@ -177,7 +177,7 @@ class Journal(Storage):
         exceptions: Any = (),
         on_crash: OnCrash = "rollback",
     ) -> Outcome[T]:
-        place = _check_run(saga, run_id, exceptions)
+        place = check_run(saga, run_id, exceptions)
         _check_on_crash("run", on_crash)
         data = encode_arguments(self._codec, args, kwargs, function_of(saga), place)
         saga.check_call(args, kwargs, "{}.run")
@@ -290,7 +290,7 @@ class Journal(Storage):
             BaseException: As for `run`.
             JournalError: There is no such run, or it has not failed.
         """
-        _check_run(saga, run_id, exceptions, "retry")
+        check_run(saga, run_id, exceptions, "journal.retry")
         with self._hold(run_id):
             stored = await self._stored(run_id)
             if stored is None or stored.state is not RunState.FAILED:
@@ -645,11 +645,11 @@ class _Hold:
             self._journal._let_go()
 
 
-def _check_run(saga: object, run_id: object, exceptions: Any, call: str = "run") -> str:
+def check_run(saga: object, run_id: object, exceptions: Any, call: str = "journal.run") -> str:
     """Refuses what cannot work before it is recorded; gives the place for messages."""
     if not isinstance(saga, Saga):
-        raise TypeError(f"journal.{call}: it takes a saga, not {saga!r}")
-    place = f"journal.{call} of saga {saga.name!r}"
+        raise TypeError(f"{call}: it takes a saga, not {saga!r}")
+    place = f"{call} of saga {saga.name!r}"
     if not isinstance(run_id, str) or not run_id:
         raise ValueError(f"{place}: run_id must be a string that is not empty, not {run_id!r}")
     for kind in exception_types(exceptions):

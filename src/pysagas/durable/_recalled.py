@@ -87,7 +87,9 @@ def recalled(
     outcome: Outcome[Any] = Outcome(run, state, None, error)
     if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
         failures = [r.compensation_error for r in reports if r.compensation_error is not None]
-        error = CompensationFailed(saga.name, None, failures, outcome)
+        began = ending.error.get("started_by")
+        started_by = None if began is None else decode_error(began)
+        error = CompensationFailed(saga.name, started_by, failures, outcome)
         outcome = Outcome(run, state, None, error)
         error.outcome = outcome
     if not ending.error["is_exception"]:
