@@ -72,6 +72,11 @@ def test_compensation_failed_lists_failures():
     ) == str(error)
 
 
+def test_compensation_failed_moves_no_cursor():
+    """Control characters in what was raised are shown, and not sent to the terminal."""
+    assert r"after ValueError: one\rtwo\x1b[2J" in str(failed(ValueError("one\rtwo\x1b[2J"), OSError()))
+
+
 def test_compensation_failed_names_the_place_of_last():
     """An exception that was raised by compensations before is listed with its last place."""
     error = OSError("no route")

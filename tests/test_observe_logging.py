@@ -154,6 +154,13 @@ async def test_an_error_of_several_lines_stays_in_one(world: World, lines):
     assert "action a failed (unknown): Wordy: one two" in lines.texts
 
 
+async def test_a_name_cannot_make_a_line_of_its_own(lines):
+    """Whatever stands in a name or a run id, a line of the log stays one, and moves no cursor."""
+    await Saga([Step(nothing, name="a\nb\x1b[2J")], middleware=lines.middleware).run_with(run_id="r\r1")
+
+    assert r"r 1: action a b\x1b[2J begun" in [record.getMessage() for record in lines.records]
+
+
 @pytest.mark.parametrize("shape", [one for one in SEQUENCES if one.__name__ != "with_middleware"])
 async def test_every_shape_of_saga_is_logged(shape, world: World, lines):
     """Sagas as data, as functions, as blocks and in sagas are logged alike, step by step."""

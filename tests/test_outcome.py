@@ -220,8 +220,8 @@ async def test_str_has_no_line_that_breaks():
     ).run(exceptions=OSError)
 
     assert [
-        "saga 'a\\nb': compensated, after 'OSError: \\x1b[2J'",
-        "  0  'two\\nlines'                                      unknown      'OSError: \\x1b[2J'",
+        "saga 'a\\nb': compensated, after OSError: \\x1b[2J",
+        "  0  two\\nlines                                        unknown      OSError: \\x1b[2J",
         f"  1  {long}  not started",
         f"  2  {'short':48}  not started",
     ] == str(outcome).splitlines()

@@ -139,7 +139,14 @@ def describe(error: BaseException) -> str:
         text = str(error).partition("\n")[0]
     except Exception:  # a broken __str__ must not cost the rollback
         text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{type(error).__name__}: {printable(text)}" if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Keeps a name or a message, which may hold anything, from moving the cursor or ending its line."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from enum import Enum
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from ._errors import CompensationFailed, SagaError, describe, describe_each, leaves
+from ._errors import CompensationFailed, SagaError, describe, describe_each, leaves, printable
 
 __all__ = [
     "Outcome",
@@ -332,7 +332,7 @@ def _lines(outcome: Outcome[object]) -> Iterator[str]:
     error = outcome.error
     # What could not be taken back stands beside its steps: here is what began it all.
     began = error.error if isinstance(error, CompensationFailed) else error
-    after = "" if began is None else f", after {_one_line(describe_each(began))}"
+    after = "" if began is None else f", after {describe_each(began)}"
     yield f"saga {outcome.saga!r}: {outcome.state.value}{after}"
     reports = {step.path: step for step in outcome.steps}
     took = _took(outcome.times)
@@ -351,14 +351,14 @@ def _lines(outcome: Outcome[object]) -> Iterator[str]:
         known = {id(report.compensation_error) for report in reports.values()}
         for failure in error.failures:
             if id(failure) not in known:
-                yield f"  going back: {_one_line(describe(failure))}"
+                yield f"  going back: {describe(failure)}"
 
 
 def _label(node: TreeNode) -> str:
     if node.kind in ("saga", "group"):
         kind = "parallel" if node.kind == "group" else "saga"
         return kind if node.name == kind else f"{kind} {node.name!r}"
-    return _one_line(node.name)
+    return printable(node.name)
 
 
 def _took(times: Iterable[Ran]) -> dict[tuple[int, ...], str]:
@@ -370,17 +370,13 @@ def _took(times: Iterable[Ran]) -> dict[tuple[int, ...], str]:
     return words
 
 
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else repr(text)
-
-
 def _state_and_errors(node: TreeNode, report: StepReport | None) -> tuple[str, str]:
     if report is None:
         return ("passed" if node.passed else "not passed") if node.kind == "commit" else "", ""
     errors = [] if report.error is None else [describe(report.error)]
     if report.compensation_error is not None:
         errors.append(f"going back: {describe(report.compensation_error)}")
-    return report.state.value, _one_line("; ".join(errors))
+    return report.state.value, "; ".join(errors)
 
 
 def attach_outcome(error: BaseException, outcome: Outcome[object]) -> None:

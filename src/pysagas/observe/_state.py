@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pysagas import CallNext, Effect, SagaState, StepState, outcome_of
 
-__all__ = ["state_of"]
+__all__ = ["one_line", "state_of"]
 
 
 def state_of(
@@ -22,3 +22,9 @@ def state_of(
         if outcome is not None and outcome.run_id == effect.run_id:
             return outcome.state
     return None
+
+
+def one_line(text: str) -> str:
+    """Keeps a name or a message, which may hold anything, from ending its line or moving the cursor."""
+    text = " ".join(text.split())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from pysagas import CallNext, Effect, EffectKind, Middleware, SagaState, StepState, observer
 
-from ._state import state_of
+from ._state import one_line, state_of
 
 __all__ = ["log_effects"]
 
@@ -77,12 +77,11 @@ def _log(
     if not logger.isEnabledFor(level):
         return
     is_step = effect.kind in ("action", "compensation")
-    what = "commit" if effect.kind == "commit" else f"{effect.kind} {effect.name}"
+    what = "commit" if effect.kind == "commit" else f"{effect.kind} {one_line(effect.name)}"
     text = event if duration is None else f"{event} in {duration:.3f} s"
     raised = None
     if error is not None:
-        # Some exceptions show themselves in several lines.
-        raised = " ".join(repr(error).split())
+        raised = one_line(repr(error))
         text += f": {raised}" if state is None else f" ({state.value}): {raised}"
     # Each name in each line: a format that asks for one is an error in a line without it.
     extra = {
@@ -99,4 +98,4 @@ def _log(
         "pysagas_state": None if state is None else state.value,
         "pysagas_error": raised,
     }
-    logger.log(level, "%s: %s %s", effect.run_id, what, text, extra=extra)
+    logger.log(level, "%s: %s %s", one_line(effect.run_id), what, text, extra=extra)
