@@ -676,6 +676,30 @@ def test_watch_of_a_run_on_a_terminal(journal, in_terminal):
     assert re.search(r"1 +ship +unknown", out)
 
 
+def test_watch_of_a_long_run_shows_what_matters(journal, shop, in_terminal):
+    """Where there is no room for all steps, what went wrong stays, and the rest is counted."""
+    Path("broken").touch()
+    steps = [Step(shop.reserve, shop.release, name="broken")]
+    steps += [Step(shop.reserve, shop.call_back, name=f"step {n}") for n in range(20)]
+    run_sagas(journal, (Saga([*steps, Step(shop.ship)], name="long"), "piano", "order-6"))
+    out = in_terminal("watch", "order-6", "--journal", journal, lines=8, status=1)
+    assert re.search(r"0 +broken +compensation failed .* ConnectionError: no answer", out)
+    assert "and 19 more steps" in out
+
+
+def test_watch_of_a_run_that_is_pruned(shop, between_looks, capsys):
+    """A run that is forgotten meanwhile is said to be gone."""
+    living = Living(shop, "sagas.db", (shop.order, "lamp", "order-1"))
+
+    async def prune():
+        async with SQLiteJournal("sagas.db") as journal:
+            assert await journal.prune(before=time.time() + 60) == 1
+
+    between_looks(lambda: (living.end(), anyio.run(prune)), bool)
+    assert _cli.main(["watch", "order-1", "--journal", "sagas.db"]) == 64
+    assert "run 'order-1' is not in the journal" in capsys.readouterr().err
+
+
 def test_watch_refuses(journal, refused):
     """A run that is not there, and a pause that is none, are bad usage."""
     assert "run 'nobody' is not in the journal" in refused("watch", "nobody", "--journal", journal)

@@ -1328,8 +1328,10 @@ async def test_runs_and_history(disk, shop):
         (ended,) = [info.ended for info in infos if info.run_id == "3"]
         late = await journal.runs(since=ended)
         events = await journal.history("1")
-        with pytest.raises(JournalError, match="run 'none' is not in the journal"):
-            await journal.history("none")
+        for look in (journal.history, journal.info):
+            with pytest.raises(JournalError, match="run 'none' is not in the journal"):
+                await look("none")
+        assert infos == [await journal.info(info.run_id) for info in infos]
 
     assert [
         ("dead", "killed", None, RunState.RUNNING, False),

@@ -463,10 +463,10 @@ def saga_of_run(info: RunInfo, sagas: list[AnySaga], app: str | None) -> AnySaga
 
 
 async def find(journal: SQLiteJournal, run_id: str) -> RunInfo:
-    for info in await journal.runs():
-        if info.run_id == run_id:
-            return info
-    raise typer.BadParameter(f"run {run_id!r} is not in the journal", param_hint="RUN")
+    try:
+        return await journal.info(run_id)
+    except JournalError as error:
+        raise typer.BadParameter(str(error), param_hint="RUN") from error
 
 
 WORDS = {

@@ -27,6 +27,7 @@ COLUMNS = ("RUN", "SAGA", "STATE", "STARTED", "FOR", "DONE", "NOW")
 CUT_COLUMNS = ("RUN", "SAGA", "NOW")
 # Of the lines of a terminal: the header, the count of what there is no room for, the cursor's.
 TAKEN = 3
+MATTER = {"running", "compensating", "compensation failed"}
 # In seconds. The time in a run's end is that before it was written: so much is looked at twice.
 OVERLAP = 5.0
 
@@ -57,7 +58,8 @@ async def watch_runs(journal: SQLiteJournal, every: float) -> State:
                 for run_id in list(ended)[: max(0, len(ended) + len(under_way) - room)]:
                     del ended[run_id]
                 shown = [*ended.values(), *under_way][:room]
-                draw([*await _board(journal, shown, console), *_more(len(under_way) - len(shown))])
+                more = _more(len(under_way) - len(shown), "that are under way")
+                draw([*await _board(journal, shown, console), *more])
             else:
                 draw([_change(info) for info in runs if states.get(info.run_id) is not state_of(info)])
                 states = {info.run_id: state_of(info) for info in runs}
@@ -80,14 +82,17 @@ async def watch_run(journal: SQLiteJournal, run_id: str, every: float) -> State:
     with _drawing(console) as draw:
         while True:
             # Before its history, which then is whole if it has ended.
-            (info,) = [one for one in await journal.runs() if one.run_id == run_id]
+            info = await journal.info(run_id)
             state = state_of(info)
             running = state is State.RUNNING
             lines = step_lines(await journal.history(run_id), running=running)
             if console.is_terminal:
-                rows = step_rows(info, lines[-max(1, console.height - TAKEN) :])
-                steps = table(STEP_COLUMNS, rows, cut=CUT_STEP_COLUMNS, console=console)
-                draw([Text(_told(info), no_wrap=True, overflow="ellipsis"), *steps])
+                shown = _that_matter(lines, max(1, console.height - TAKEN - 1))
+                steps = table(
+                    STEP_COLUMNS, step_rows(info, shown), cut=CUT_STEP_COLUMNS, console=console
+                )
+                title = Text(_told(info), no_wrap=True, overflow="ellipsis")
+                draw([title, *steps, *_more(len(lines) - len(shown), "steps")])
             else:
                 end = [] if running else [Text(_told(info))]
                 draw([*_changed_steps(info, before, lines), *end])
@@ -134,9 +139,17 @@ async def _board(journal: SQLiteJournal, runs: Iterable[RunInfo], console: Conso
     return table(COLUMNS, rows, cut=CUT_COLUMNS, console=console)
 
 
-def _more(count: int) -> Iterator[Text]:
+def _more(count: int, what: str) -> Iterator[Text]:
     if count > 0:
-        yield Text(f"and {count} more that are under way")
+        yield Text(f"and {count} more {what}")
+
+
+def _that_matter(lines: list[StepLine], most: int) -> list[StepLine]:
+    """Chooses what there is room for: what is under way or went wrong, and what happened last."""
+    matter = [line for line in lines if line.in_doubt or line.state in MATTER]
+    others = sorted((line for line in lines if line not in matter), key=lambda line: -line.last)
+    chosen = {id(line) for line in [*matter[-most:], *others][:most]}
+    return [line for line in lines if id(line) in chosen]
 
 
 def _now(lines: Iterable[StepLine]) -> Iterator[str]:

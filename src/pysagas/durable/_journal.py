@@ -319,6 +319,17 @@ class Journal(Storage):
         runs = await self._list(-math.inf if since is None else since)
         return [info for info in runs if state is None or info.state is state]
 
+    async def info(self, run_id: str) -> RunInfo:
+        """Tells how a run stands.
+
+        Raises:
+            JournalError: There is no such run.
+        """
+        found = await self._list(run_id=run_id)
+        if not found:
+            raise JournalError(f"run {run_id!r} is not in the journal")
+        return found[0]
+
     async def history(self, run_id: str) -> list[Event]:
         """Gives all that is recorded of a run.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class MemoryJournal(Journal):
         key = self._find(run_id)
         return None if key is None else self._runs[key].stored
 
-    async def _list(self, since: float) -> list[RunInfo]:
+    async def _list(self, since: float = -math.inf, run_id: str | None = None) -> list[RunInfo]:
         return [
             RunInfo(
                 run.stored.run_id,
@@ -130,7 +131,7 @@ class MemoryJournal(Journal):
                 run.held,
             )
             for run in self._runs.values()
-            if run.ended is None or run.ended >= since
+            if (run.ended is None or run.ended >= since) and run_id in (None, run.stored.run_id)
         ]
 
     async def _events(self, run_id: str) -> list[Event]:

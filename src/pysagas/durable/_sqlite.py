@@ -12,6 +12,7 @@ works wherever the journal itself does.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sqlite3
@@ -462,7 +463,9 @@ class SQLiteJournal(Journal):
 
         return await self._open().call(stored, reads=True)
 
-    async def _list(self, since: float) -> list[RunInfo]:
+    async def _list(self, since: float = -math.inf, run_id: str | None = None) -> list[RunInfo]:
+        which = "ended IS NULL OR ended >= ?" if run_id is None else "run_id = ?"
+
         def listed(connection: sqlite3.Connection) -> list[RunInfo]:
             alive = {
                 owner: owner == self._owner or _is_locked(self._lock_path(token))
@@ -472,7 +475,7 @@ class SQLiteJournal(Journal):
             }
             return [
                 RunInfo(
-                    run_id,
+                    its_id,
                     saga,
                     version,
                     RunState(state),
@@ -481,10 +484,10 @@ class SQLiteJournal(Journal):
                     None if error is None else in_words(json.loads(error)),
                     alive.get(owner, False),
                 )
-                for run_id, saga, version, state, started, ended, error, owner in connection.execute(
-                    "SELECT run_id, saga, version, state, started, ended, error, owner FROM runs "
-                    "WHERE ended IS NULL OR ended >= ? ORDER BY id",
-                    (since,),
+                for its_id, saga, version, state, started, ended, error, owner in connection.execute(
+                    "SELECT run_id, saga, version, state, started, ended, error, owner FROM runs "  # noqa: S608
+                    f"WHERE {which} ORDER BY id",
+                    (since if run_id is None else run_id,),
                 )
             ]
 

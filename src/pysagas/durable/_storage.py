@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -147,8 +148,8 @@ class Storage(ABC):
         """Gives one run; None where there is none of that id."""
 
     @abstractmethod
-    async def _list(self, since: float) -> list[RunInfo]:
-        """Lists the runs that had not ended before a time, the oldest first."""
+    async def _list(self, since: float = -math.inf, run_id: str | None = None) -> list[RunInfo]:
+        """Lists the runs that had not ended before a time, the oldest first; all, or the one of an id."""
 
     @abstractmethod
     async def _events(self, run_id: str) -> list[Event]:
