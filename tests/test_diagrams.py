@@ -150,7 +150,7 @@ def of_every_state():
     """A picture with a step in each state, and in those that only a journal knows."""
     nodes = [TreeNode("step", word, (index,)) for index, word in enumerate(sorted(WORDS))]
     states = {node.path: node.name for node in nodes}
-    return flowchart([TreeNode("saga", "trip", ()), *nodes], states)
+    return flowchart([TreeNode("saga", "trip", ()), *nodes], states, ())
 
 
 async def test_every_state_has_its_class():

@@ -34,7 +34,9 @@ def graph_of_run(info: RunInfo, events: Iterable[Event], saga: AnySaga | None) -
         if node.kind == "step":
             states.setdefault(node.path, "not started")
     states[()] = state_of(info).value
-    return flowchart((node._replace(passed=node.path in passed) for node in tree), states)
+    went_wrong = [line for line in lines if line.kind == "step" and line.error is not None]
+    failed = {line.path for line in went_wrong if line.state != "compensation failed"}
+    return flowchart((node._replace(passed=node.path in passed) for node in tree), states, failed)
 
 
 def _tree_of(info: RunInfo, events: Iterable[Event]) -> list[TreeNode]:

@@ -6,7 +6,7 @@ takes a step back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = ["flowchart", "mermaid"]
 _Inner = dict[tuple[int, ...], list[TreeNode]]
 # For each place how it stands, in words.
 _States = Mapping[tuple[int, ...], str]
+_Failed = Collection[tuple[int, ...]]
 
 # Each has its own fill, border and text, so that it is legible on light pages and on dark ones. The
 # state is written out too, for whoever does not tell the colours apart.
@@ -59,19 +60,22 @@ def mermaid(drawn: Saga[..., Any] | Outcome[Any]) -> str:
         TypeError: It is something else.
     """
     states: dict[tuple[int, ...], str] = {}
+    failed: set[tuple[int, ...]] = set()
     if isinstance(drawn, Outcome):
         states = {(): drawn.state.value, **{step.path: step.state.value for step in drawn.steps}}
+        failed = {step.path for step in drawn.steps if isinstance(step.error, Exception)}
     elif not isinstance(drawn, Saga):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"mermaid draws a Saga or an Outcome, not {drawn!r}")
-    return flowchart(drawn.tree, states)
+    return flowchart(drawn.tree, states, failed)
 
 
-def flowchart(tree: Iterable[TreeNode], states: _States) -> str:
+def flowchart(tree: Iterable[TreeNode], states: _States, failed: _Failed) -> str:
     """Draws a tree as a Mermaid flowchart.
 
     Args:
         tree: Its places, in the order of their paths, the saga itself first.
         states: How each stands, in words; of a definition, where nothing has run, empty.
+        failed: The steps whose action raised, whatever became of them then.
     """
     tree = list(tree)
     inner: _Inner = {node.path: [] for node in tree}
@@ -79,7 +83,7 @@ def flowchart(tree: Iterable[TreeNode], states: _States) -> str:
         inner[node.path[:-1]].append(node)
     lines = ["flowchart TB"]
     for node in (tree[0], *inner[()]):
-        lines += [f"  {line}" for line in _nodes(node, inner, states)]
+        lines += [f"  {line}" for line in _nodes(node, inner, states, failed)]
     # After all boxes: Mermaid puts a node into the box in which it is first named.
     for node in tree:
         lines += [f"  {edge}" for edge in _edges(node, inner[node.path])]
@@ -89,7 +93,7 @@ def flowchart(tree: Iterable[TreeNode], states: _States) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
+def _nodes(node: TreeNode, inner: _Inner, states: _States, failed: _Failed) -> Iterator[str]:
     """Yields the lines of a place; of one that holds others, a box with all that is in it."""
     state = states.get(node.path)
     title = label(node.name)
@@ -99,7 +103,7 @@ def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
         yield f'subgraph {_id(node)}["{title}"]'
         yield "  direction TB"  # else Mermaid turns a box within a box by a quarter
         for part in inner[node.path]:
-            yield from (f"  {line}" for line in _nodes(part, inner, states))
+            yield from (f"  {line}" for line in _nodes(part, inner, states, failed))
         yield "end"
         return
     mark = ""
@@ -109,7 +113,7 @@ def _nodes(node: TreeNode, inner: _Inner, states: _States) -> Iterator[str]:
         title += "" if passed else "<br/>not passed"
     elif state is not None:
         mark = f":::{_class(state)}"
-        title += f"<br/>{state}"
+        title += f"<br/>failed, {state}" if node.path in failed else f"<br/>{state}"
     begin, end = _shape(node, inner)
     yield f'{_id(node)}{begin}"{title}"{end}{mark}'
     ways = [
