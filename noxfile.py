@@ -162,6 +162,23 @@ def crash(session: nox.Session) -> None:
     session.run("pytest", "-q", "-rP", "tests/test_durable_crash.py", *session.posargs[1:], env=env)
 
 
+# How many kills is told after `--`: `nox -s engines -- 500`; where they fall, by PYSAGAS_SEED.
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Runs sagas on the real server of Restate, and kills workers and servers; needs npm, takes minutes."""
+    install(session, "tests", ".")
+    kills = session.posargs[0] if session.posargs else "100"
+    env = {"PYSAGAS_KILLS": kills, "PYSAGAS_ENGINES": "required"}
+    session.run("pytest", "-q", "-rP", "tests/test_engines_restate.py", *session.posargs[1:], env=env)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Writes docs/reference/conformance.md, by what each place does; needs npm."""
+    install(session, "tests", ".")
+    session.run("python", "tests/conformance_page.py")
+
+
 def chromium() -> str | None:
     """A browser, which the environment may name: CHROMIUM."""
     return os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -222,7 +239,7 @@ WINDOWS = {"desktop": "1440,2600", "phone": "390,2600"}
 @nox.session
 def site(session: nox.Session) -> None:
     """Builds the documentation site, with each reference in it resolved; a warning is an error."""
-    install(session, "docs", ".[durable,opentelemetry,progress,testing]")
+    install(session, "docs", ".[durable,opentelemetry,progress,restate,testing]")
     draw_pages(session)
     shutil.rmtree(SITE / "html", ignore_errors=True)  # pages that are no more would stay
     folders = ("-d", str(SITE / "doctrees"), "docs", str(SITE / "html"))

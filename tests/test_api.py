@@ -15,11 +15,13 @@ import pytest
 import pysagas
 import pysagas.diagrams
 import pysagas.durable
+import pysagas.engines.restate
 import pysagas.observe.logging
 import pysagas.observe.opentelemetry
 import pysagas.observe.progress
 import pysagas.observe.timing
 import pysagas.testing
+import pysagas.testing.conformance
 import sagas
 
 SOURCES = Path(pysagas.__file__).parent
@@ -88,6 +90,19 @@ PROMISED_FOR_TESTS = {
     "virtual_time",
 }
 
+PROMISED_FOR_PLACES = {
+    "CHECKS",
+    "SAGAS",
+    "Ability",
+    "Check",
+    "CheckResult",
+    "ConformanceReport",
+    "Harness",
+    "OnCrash",
+    "Order",
+    "check",
+}
+
 PROMISED_FOR_JOURNALS = {
     "Codec",
     "Event",
@@ -123,7 +138,7 @@ PROMISED_FOR_WATCHING = {
 
 @pytest.mark.parametrize(
     "module",
-    [pysagas, sagas, pysagas.testing, pysagas.durable],
+    [pysagas, sagas, pysagas.testing, pysagas.testing.conformance, pysagas.durable],
     ids=lambda module: module.__name__,
 )
 def test_all_is_complete_and_sorted(module):
@@ -134,13 +149,15 @@ def test_all_is_complete_and_sorted(module):
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
 
-    assert sorted(public) == module.__all__
+    # Constants first, as Ruff sorts them.
+    assert sorted(public, key=lambda name: (not name.isupper(), name)) == module.__all__
 
 
 def test_promised_names():
     """The names that the design promises are there."""
     assert set() == PROMISED - set(pysagas.__all__)
     assert set() == PROMISED_FOR_TESTS - set(pysagas.testing.__all__)
+    assert set() == PROMISED_FOR_PLACES ^ set(pysagas.testing.conformance.__all__)
     assert set() == PROMISED_FOR_JOURNALS - set(pysagas.durable.__all__)
     assert PROMISED_FOR_WATCHING == {module: module.__all__ for module in PROMISED_FOR_WATCHING}
 
@@ -150,12 +167,19 @@ def test_promised_diagrams():
     assert ["Timeline", "mermaid", "timeline"] == pysagas.diagrams.__all__
 
 
+def test_promised_engines():
+    """One class runs sagas on Restate, and what can go wrong with the server is an `EngineError`."""
+    assert ["EngineError", "EngineUnavailable", "RestateEngine"] == pysagas.engines.restate.__all__
+
+
 def public_objects() -> Iterator[tuple[str, object]]:
     for module, prefix in (
         (pysagas, ""),
         (pysagas.diagrams, "diagrams."),
         (pysagas.testing, "testing."),
+        (pysagas.testing.conformance, "testing.conformance."),
         (pysagas.durable, "durable."),
+        (pysagas.engines.restate, "engines.restate."),
         (pysagas.observe.logging, "observe.logging."),
         (pysagas.observe.opentelemetry, "observe.opentelemetry."),
         (pysagas.observe.progress, "observe.progress."),

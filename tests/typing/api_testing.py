@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Literal, assert_type
 
@@ -29,6 +29,18 @@ from pysagas.testing import (
     fault_plans,
     faults,
     virtual_time,
+)
+from pysagas.testing.conformance import (
+    CHECKS,
+    SAGAS,
+    Ability,
+    Check,
+    CheckResult,
+    ConformanceReport,
+    Harness,
+    OnCrash,
+    Order,
+    check,
 )
 
 booking = Saga([Step(reserve_flight, undo=cancel_flight)])
@@ -189,3 +201,40 @@ def errors(effect: Effect) -> None:
 
 assert_type(virtual_time(threshold=0.1), dict[str, Any])
 virtual_time(0.1)  # type: ignore[call-arg]
+
+
+# --- conformance ------------------------------------------------------------------------------------
+
+
+class InMemory(Harness):
+    name = "memory"
+    lacks: Mapping[Ability, str] = {"journal": "nothing is recorded"}
+
+    async def run(
+        self,
+        saga: Saga[..., Any],
+        order: Order,
+        *,
+        run_id: str,
+        exceptions: Any = (),
+        on_crash: OnCrash = "rollback",
+    ) -> Outcome[Any]:
+        return await saga.run(order, exceptions=exceptions)
+
+    async def cancel(self, run_id: str) -> None: ...
+
+    async def start(
+        self, saga: Saga[..., Any], order: Order, *, run_id: str, on_crash: OnCrash = "rollback"
+    ) -> None: ...
+
+    async def kill(self) -> None: ...
+
+
+async def conformance() -> None:
+    report = await check(InMemory(), [one for one in CHECKS if one.guarantee == "G1"])
+    assert_type(report, ConformanceReport)
+    assert_type(report.results, tuple[CheckResult, ...])
+    assert_type(report.results[0].check, Check)
+    assert_type(await CHECKS[0](InMemory()), CheckResult)
+    assert_type(SAGAS, tuple[Saga[..., Any], ...])
+    Harness()  # type: ignore[abstract]

@@ -349,8 +349,11 @@ def encode_error(error: BaseException) -> dict[str, Any]:
             if not name.startswith("__") and _comes_back(value)
         },
     }
-    if isinstance(error, CompensationFailed) and error.error is not None:
-        recorded["started_by"] = encode_error(error.error)
+    if isinstance(error, CompensationFailed):
+        if error.error is not None:
+            recorded["started_by"] = encode_error(error.error)
+        # In their order, each with the note that names its step.
+        recorded["failures"] = [encode_error(failure) for failure in error.failures]
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         recorded["text"] = group.message

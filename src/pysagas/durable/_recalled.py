@@ -75,7 +75,7 @@ def recalled(
         take_back: Takes it back, if it completed.
     """
     events = list(events)
-    reports = _reports(events, codec)
+    reports = _with_unreached(_reports(events, codec), saga)
     times = _times(events)
     run = Recorded(saga.name, run_id, lambda: reports, _tree_of(saga, events), lambda: times)
     state = SagaState[ending.state.name]
@@ -86,7 +86,7 @@ def recalled(
     error = decode_error(ending.error)
     outcome: Outcome[Any] = Outcome(run, state, None, error)
     if state is SagaState.FAILED and ending.error["type"].endswith(":CompensationFailed"):
-        failures = [r.compensation_error for r in reports if r.compensation_error is not None]
+        failures = [decode_error(failure) for failure in ending.error.get("failures", ())]
         began = ending.error.get("started_by")
         started_by = None if began is None else decode_error(began)
         error = CompensationFailed(saga.name, started_by, failures, outcome)
@@ -201,6 +201,15 @@ def _reports(events: Iterable[Event], codec: Codec) -> tuple[StepReport, ...]:
         known = reports.get(path, StepReport(names[path], path, StepState.UNKNOWN))
         reports[path] = known._replace(state=StepState.COMPENSATED)
     return tuple(reports[path] for path in sorted(reports))
+
+
+def _with_unreached(reports: tuple[StepReport, ...], saga: AnySaga) -> tuple[StepReport, ...]:
+    """Adds the steps that the run has never come to, as far as the definition tells them."""
+    known = {report.path: report for report in reports}
+    for node in saga.tree:
+        if node.kind == "step" and node.path not in known:
+            known[node.path] = StepReport(node.name, node.path, StepState.NOT_STARTED)
+    return tuple(known[path] for path in sorted(known))
 
 
 # What ends what began: an action, or a compensation. An action that was cut off where it had returned

@@ -159,8 +159,7 @@ class Attempt:
         Raises:
             BaseException: What ended this attempt, and not the run.
         """
-        run = self._saga.run_with(args, kwargs, run_id=self._run_id, middleware=[self._middleware])
-        task = asyncio.ensure_future(run)
+        task = asyncio.ensure_future(self._run(args, kwargs))
         task.add_done_callback(lambda _: self._moved.set())
         try:
             while True:
@@ -175,21 +174,30 @@ class Attempt:
             while not task.done():
                 # An action in a worker thread runs to its end: a later attempt must not meet it.
                 await asyncio.wait({task})
-            task.exception() if not task.cancelled() else None
             raise
-        return self._ending(task)
+        return self._ending(*task.result())
 
-    def _ending(self, task: asyncio.Future[Outcome[Any]]) -> Ending:
+    async def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Outcome[Any] | None, BaseException | None]:
+        """Runs the saga; gives its outcome, and what it raised.
+
+        That is not raised: asyncio would end the whole worker by a SystemExit.
+        """
         try:
-            outcome = task.result()
+            outcome = await self._saga.run_with(
+                args, kwargs, run_id=self._run_id, middleware=[self._middleware]
+            )
         except BaseException as error:
-            found = outcome_of(error)
-            if found is None:
-                raise
-            return Ending(RunState[found.state.name], b"", encode_error(error))
-        if outcome.error is not None:
-            return Ending(RunState[outcome.state.name], b"", encode_error(outcome.error))
-        return Ending(RunState.COMPLETED, self._value, None)
+            return outcome_of(error), error
+        return outcome, outcome.error
+
+    def _ending(self, outcome: Outcome[Any] | None, error: BaseException | None) -> Ending:
+        if outcome is None:
+            assert error is not None
+            raise error
+        state = RunState[outcome.state.name]
+        return Ending(state, b"", encode_error(error)) if error else Ending(state, self._value, None)
 
     async def _all_parked(self, task: asyncio.Future[Any]) -> None:
         """Waits until each branch is parked, or waits for its members; or until the run has ended."""
@@ -328,9 +336,7 @@ class Attempt:
             self._groups.discard(effect.path)
 
     async def _whole(self, effect: Effect, call_next: CallNext) -> object:
-        saga = call_next.definition
-        if isinstance(saga, Saga):
-            refuse_time_limits(saga)
+        refuse_time_limits(call_next.definition)
         result = await call_next()
         if self._abandoned is not None:
             raise self._abandoned
@@ -375,8 +381,9 @@ class Attempt:
             except Exception as error:
                 raised = error
                 return self._ends.raised(effect, step, error)
-            except asyncio.CancelledError as error:
-                if not self._is_its_own():
+            except (asyncio.CancelledError, SystemExit) as error:
+                # What an action did by itself is no order to this worker: the run fails by it.
+                if not (isinstance(error, SystemExit) or self._is_its_own()):
                     raise
                 raised = error
                 failure = {"state": step.state.value, "result": None, "error": encode_error(error)}
@@ -424,7 +431,7 @@ class Attempt:
                         "which takes its arguments"
                     )
                 result = await call_next()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raised = error
             except asyncio.CancelledError as error:
                 if not self._is_its_own():
@@ -530,15 +537,16 @@ class Attempt:
         raise self._abandoned
 
 
-def refuse_time_limits(part: object) -> None:
+def refuse_time_limits(part: Any) -> None:
     """Refuses what a replay could not keep: how far a rollback comes in a given time.
 
     Raises:
         SagaDefinitionError: A saga has a limit for its rollback.
     """
-    if isinstance(part, Saga) and part.rollback_timeout is not None:
+    limit = getattr(part, "rollback_timeout", None)
+    if limit is not None:
         raise SagaDefinitionError(
-            f"{part!r} has rollback_timeout={part.rollback_timeout}, which Restate cannot keep: after a "
+            f"{part!r} has rollback_timeout={limit}, which Restate cannot keep: after a "
             "crash the rollback is replayed faster than it was, and would come to other compensations; "
             "give the steps a compensation_timeout instead"
         )

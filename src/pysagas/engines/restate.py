@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import quote
 
@@ -105,8 +106,7 @@ class RestateEngine:
             SagaDefinitionError: A saga has a limit for its rollback.
         """
         try:
-            import httpx  # noqa: F401, PLC0415 - an extra
-
+            import_module("httpx")
             from ._attempt import refuse_time_limits  # noqa: PLC0415
             from ._worker import make_app  # noqa: PLC0415
         except ImportError as error:
@@ -326,13 +326,15 @@ class RestateEngine:
 
     def _recorded(self, answer: httpx.Response, run_id: str) -> dict[str, Any]:
         """Gives what the worker told of a run that has ended."""
-        said: dict[str, Any] = answer.json() if answer.content else {}
-        if answer.status_code != OK:
-            metadata: dict[str, str] = said.get("metadata") or {}
-            if "outcome" not in metadata:
-                self._refused(answer, f"run {run_id!r}")
-            said = json.loads(metadata["outcome"])
-        return said
+        try:
+            said: Any = answer.json()
+            if answer.status_code != OK:
+                said = json.loads(said["metadata"]["outcome"])
+            recorded: dict[str, Any] = said
+            _ = recorded["state"]
+        except (ValueError, KeyError, TypeError):  # from something else than our worker
+            self._refused(answer, f"run {run_id!r}")
+        return recorded
 
     def _refused(self, answer: httpx.Response, what: str) -> NoReturn:
         try:
