@@ -62,12 +62,16 @@ python_maximum_signature_line_length = 88
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(anyio|collections|contextlib|hypothesis|logging|opentelemetry|os|rich|types|typing)\..*",
+        r"(anyio|collections|contextlib|datetime|decimal|httpx|hypothesis|logging|opentelemetry|os|restate|rich|types|typing)\..*",
     ),
     (r"py:.*", r"(pysagas\.[\w.]+\.)?(P|S|T|T_co|Ts|T[1-8])(\.args|\.kwargs)?"),  # type variables
-    (r"py:class", r"pysagas\._definitions\.Definition|pysagas\._saga\._SagaDecorator|MakeTrial|Only"),
+    (
+        r"py:class",
+        r"pysagas\._definitions\.Definition|pysagas\._saga\._SagaDecorator|MakeTrial|Only|pysagas\.testing\.conformance\._stage\.Stage",
+    ),
     # Imported for type checkers alone, so that autodoc knows no more than their names.
-    (r"py:class", r"Console|SearchStrategy|TracerProvider|MeterProvider"),
+    (r"py:class", r"Console|SearchStrategy|TracerProvider|MeterProvider|ASGIApp"),
+    (r"py:class", r"AnySaga|timedelta"),  # imported by their own names, or of one module alone
 ]
 
 # The modules from which users import. (The demo is no library.)

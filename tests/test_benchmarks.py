@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from places import Missing, restate_server
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(FOLDER))
@@ -204,3 +205,70 @@ def test_goals_of_the_journal_are_judged():
     assert durable._met(row, 6_000) == "unclear; unclear"
     assert durable._met(row, 4_000) == "not judged: a slow disk"
     assert durable._goal(row) == "≥ 0.3; 250/s"
+
+
+engines = importlib.import_module("engines")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The program of a server of Restate."""
+    try:
+        return restate_server()
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("case", [*engines.CASES, *engines.QUICK], ids=str)
+def test_the_shapes_of_an_engine_have_the_steps_that_are_counted(case):
+    """A saga of a shape is named by it, and has as many steps, in a group or not."""
+    shape = case.shape
+    tree = list(shape.saga().tree)
+    assert sum(node.kind == "step" for node in tree) == shape.steps
+    assert any(node.kind == "group" for node in tree) == shape.grouped
+    assert len({one.shape.name for one in engines.CASES}) == len(engines.CASES)
+
+
+@pytest.mark.timeout(120)
+def test_an_engine_is_measured_on_its_server(server, tmp_path, capsys):
+    """Everybody does all steps of each case, on the real server, and a report says how fast."""
+    results = engines.main(
+        ["--quick", "--repeats", "1", "--server", str(server)]
+        + ["--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "report.md")]
+    )
+
+    rows = [(row.case, row.takes, row.contender) for row in results.rows]
+    assert rows == [
+        (case.label, "1 ms" if case.shape.waits else "nothing", contender)
+        for case in engines.QUICK
+        for contender in engines.CONTENDERS
+    ]
+    assert all(len(row.seconds) == 1 and row.seconds[0] > 0 for row in results.rows)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| server | restate-server " in report
+    assert report in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_without_a_server_no_engine_is_measured(tmp_path, monkeypatch, capsys):
+    """Where there is no server, or a library is missing, it says what to install."""
+    monkeypatch.setattr(engines, "BUILD", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert engines.main([]) is None
+    assert "Left out: there is no restate-server: npm install" in capsys.readouterr().out
+    assert engines.main(["--server", str(tmp_path / "gone")]) is None
+    assert f"Left out: there is no {tmp_path / 'gone'}: npm install" in capsys.readouterr().out
+    monkeypatch.setattr(engines, "LIBRARIES", ("no-such-library",))
+    assert engines.main([]) is None
+    assert "Left out: no-such-library is not installed: pip install" in capsys.readouterr().out
+
+
+def test_goals_of_an_engine_are_judged():
+    """A goal is met, missed, or unclear where only the lower quartile reaches it."""
+    row = engines.Row("case", "nothing", "who", [2.0] * 3, 4, [1.0, 1.3, 1.3])
+    verdicts = []
+    for goal in (None, 1.3, 1.15, 1.14):
+        row.goal = goal
+        verdicts.append(engines._met(row))
+    assert verdicts == ["", "yes", "unclear", "**no**"]
+    assert row.steps_a_second == 2

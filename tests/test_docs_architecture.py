@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
 
 # `_run.conclude`, `durable._writer.Writer`: what stands in `pysagas`.
-NAME = r"(?<![\w./])((?:durable\.|testing\.|observe\.)?_\w+(?:\.\w+)*|(?:durable|testing|observe)\.\w+(?:\.\w+)*)"
+PACKAGE = "(?:durable|engines|observe|testing)"
+NAME = rf"(?<![\w./])((?:{PACKAGE}\.)?_\w+(?:\.\w+)*|{PACKAGE}\.\w+(?:\.\w+)*)"
 NAMES = sorted(set(re.findall(NAME, TEXT)))
 
 

@@ -112,8 +112,8 @@ class Place:
         finally:
             stop.set()
             # Hypercorn does not expect that tasks which it has cancelled take their time.
-            with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
-                await asyncio.wait_for(task, 10)
+            with suppress(asyncio.CancelledError, asyncio.InvalidStateError, TimeoutError):
+                await asyncio.wait_for(task, 1)
 
     async def restart_server(self) -> None:
         await anyio.to_thread.run_sync(self.server.kill)

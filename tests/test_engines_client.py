@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import ssl
 import sys
 from datetime import timedelta
 
@@ -109,6 +110,12 @@ def test_it_says_who_it_is():
     assert "<RestateEngine 'trips' at http://here:1>" == repr(
         RestateEngine([trip], name="trips", ingress="http://here:1/")
     )
+
+
+def test_certificates_are_loaded_where_they_are_needed():
+    """Loading them takes longer than a call: for a server that encrypts nothing it is not done."""
+    assert RestateEngine([trip])._tls is False
+    assert isinstance(RestateEngine([trip], ingress="https://here")._tls, ssl.SSLContext)
 
 
 async def test_another_loop_than_asyncio_is_refused(anyio_backend_name):
