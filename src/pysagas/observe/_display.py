@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 from itertools import islice
 from threading import Event, RLock, Thread, current_thread
 from typing import Final, NamedTuple, cast
@@ -154,6 +155,8 @@ class Display:
         self._ended: list[Run] = []
         self._painter: Thread | None = None
         self._wake = Event()
+        # Whether somebody has waited in vain: a terminal may be stopped, and nobody waits for it again.
+        self._stuck = False
         self._broken = False
         # What the painter met, for an effect to raise, so that it is logged.
         self._met: BaseException | None = None
@@ -192,7 +195,7 @@ class Display:
                 # For a run that nobody ends: a program must not leave a terminal without cursor.
                 atexit.register(self._close)
         if started is not None:
-            started.wait(_PATIENCE)
+            self._stuck = not started.wait(_PATIENCE)
         elif not self._draws and not is_step(effect) and effect.kind != "commit":
             assert node.word is not None
             self._say(run, node, node.word)
@@ -230,8 +233,10 @@ class Display:
                 self._say(run, node, f"{run.word(node)} in {_time(node.took)}{says and ': '}{says}")
         elif run is not None and not run.open and painter is not current_thread():
             assert painter is not None
-            run.shown.wait(_PATIENCE)
-            if self._painter is not painter:
+            # Only who is the last waits: while others are under way it will be drawn soon enough.
+            if not self._runs and not self._stuck:
+                self._stuck = not run.shown.wait(_PATIENCE)
+            if not self._stuck and self._painter is not painter:
                 painter.join(_PATIENCE)
         met, self._met = self._met, None
         if met is not None:
@@ -292,7 +297,14 @@ class Display:
         last: list[Run] = []
         try:
             while True:
-                live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+                live = Live(
+                    console=console,
+                    auto_refresh=False,
+                    vertical_overflow="crop",
+                    # What goes to a file has to get there, though the tree stands on a terminal.
+                    redirect_stdout=_is_terminal(sys.stdout),
+                    redirect_stderr=_is_terminal(sys.stderr),
+                )
                 try:
                     live.start()
                 except BaseException:
@@ -354,6 +366,11 @@ class Display:
             for run in last:
                 run.shown.set()
             self._wake.wait(1 / _RATE)
+
+
+def _is_terminal(stream: object) -> bool:
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and bool(isatty())
 
 
 def _broken(error: BaseException) -> Exception:

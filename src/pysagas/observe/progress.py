@@ -28,8 +28,10 @@ def show_progress(console: Console | None = None) -> Middleware:
     in it is a tree by itself.
 
     As an `observer` it cannot harm the saga. After an error of the console, which is logged, it shows
-    nothing any more. What a process killed with SIGKILL leaves on its screen has no cursor, as with
-    every program that draws.
+    nothing any more. A terminal that is stopped holds a run up for a second, once; lines are printed as
+    `print` does it, so a pipe that nobody reads holds it up for as long. What a process ended by
+    SIGTERM or SIGKILL leaves on its screen has no cursor, as with every program that draws; one that
+    makes an exception of SIGTERM takes its sagas back and leaves a cursor.
 
     Args:
         console: Where to; None: what is ``sys.stdout`` when a run begins. Its clock is used.
