@@ -240,6 +240,7 @@ async def test_a_compensation_that_fails(anyio_backend, server, error):
     async with Place(server, [whole]).worker() as engine:
         with pytest.raises((CompensationFailed, RunInterrupted)) as caught:
             await engine.run(whole, "x", run_id="1")
+    assert "be taken back" in str(caught.value)
     assert states(caught.value.outcome) == {
         "a": "compensated",
         "b": "compensation failed",

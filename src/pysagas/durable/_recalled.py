@@ -132,10 +132,11 @@ def _value(data: bytes, codec: Codec, saga: AnySaga, run_id: str) -> Any:
 def taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
     """Makes the error of a run that was cut off: its process died, or it was cancelled."""
     cause = _why_cut_off(run_id, None if outcome is None else outcome.error)
+    what = "the run has been taken back"
     if outcome is not None and outcome.state is SagaState.FAILED:
         what = "it had passed its commit, and what came after that was taken back; retry goes on from there"
-    else:
-        what = "the run has been taken back"
+        if any(step.state is StepState.COMPENSATION_FAILED for step in outcome.steps):
+            what = "not everything could be taken back: its outcome says what is left"
     error = RunInterrupted(f"{cause}, and {what}")
     error.outcome = outcome
     return error
