@@ -221,8 +221,6 @@ class Server:
             "RESTATE_ROCKSDB_TOTAL_MEMORY_SIZE": "256MB",
             # Hypercorn loses a wake-up now and then, and sleeps until the next ping of the server.
             "RESTATE_WORKER__INVOKER__HTTP2_KEEP_ALIVE_INTERVAL": "1s",
-            # And a worker within this process leaves its connection open.
-            "RESTATE_WORKER__INVOKER__HTTP2_KEEP_ALIVE_TIMEOUT": "3s",
         }
         command = [self.program, "--no-logo", "--base-dir", self.folder / "data", "--node-name", "n1"]
         with (self.folder / "server.log").open("ab") as log:
