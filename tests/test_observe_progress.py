@@ -37,8 +37,6 @@ from pysagas.observe.progress import show_progress
 
 pytestmark = pytest.mark.anyio
 
-SHOW_CURSOR = "\x1b[?25h"
-
 
 class Terminal(io.TextIOBase):
     """A terminal: what is written to it, and what then is on its screen."""
@@ -50,6 +48,7 @@ class Terminal(io.TextIOBase):
         self.screen = pyte.HistoryScreen(width, height, history=5000)
         self._stream = pyte.Stream(self.screen)
         self._changed = threading.Condition()
+        self.cursor_was_hidden = False
         # What happens instead of the next writing.
         self.instead = None
 
@@ -59,6 +58,8 @@ class Terminal(io.TextIOBase):
         with self._changed:
             self.written.append(text)
             self._stream.feed(text.replace("\n", "\r\n"))
+            # Whenever a program is killed, it leaves a terminal with a cursor.
+            self.cursor_was_hidden |= self.screen.cursor.hidden
             self._changed.notify_all()
         return len(text)
 
@@ -80,8 +81,8 @@ class Terminal(io.TextIOBase):
         assert came, "\n".join(self.lines)
 
     def check_given_back(self):
-        """The cursor is to be seen, at the start of a line, and nothing draws any more."""
-        assert not self.screen.cursor.hidden
+        """The cursor, always to be seen, is at the start of a line, and nothing draws any more."""
+        assert not self.cursor_was_hidden
         assert 0 == self.screen.cursor.x
         assert [] == painters()
 
@@ -104,6 +105,8 @@ def environment(monkeypatch):
     for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_INTERACTIVE", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
+    # However busy the machine is.
+    monkeypatch.setattr(_display, "_PATIENCE", 10)
 
 
 @pytest.fixture
@@ -221,7 +224,7 @@ async def test_what_holds_steps_is_shown_as_they_are(terminal, console, clock):
         await Saga(parts, name="trip", middleware=[show_progress(console)]).run()
 
     assert [
-        "✗ trip         could not be taken back  1.00 s  Compensatio…",
+        "✗ trip         could not be taken back  1.00 s",
         "  ↺ a          taken back               0.00 s",
         "  ✗ stay       could not be taken back  0.00 s",
         "    ✗ cars     could not be taken back  0.00 s",
@@ -342,10 +345,11 @@ async def test_a_compensation_that_fails_in_a_call(terminal, console):
         await trip.run()
 
     assert [
-        "✗ trip      could not be taken back  0.00 s  CompensationFa…",
+        "✗ trip      could not be taken back  0.00 s",
         "  ✗ nested  could not be taken back  0.00 s",
         "    ✗ b     could not be taken back  0.00 s  Crash()",
-        "    ✗ c     failed                   0.00 s  in doubt: Boom…",
+        "    ✗ c     failed                   0.00 s",
+        "        in doubt: Boom()",
     ] == terminal.lines
 
 
@@ -402,13 +406,11 @@ async def test_a_step_that_is_retried_or_runs_in_a_thread_is_one_line(terminal, 
 async def test_what_is_printed_meanwhile_stands_above(terminal, clock, monkeypatch):
     """An action may print: its lines come before the tree, and do not tear it."""
     monkeypatch.setattr(sys, "stdout", terminal)
-    # Drawn when the run begins and when it ends, so that what is between is due to the action.
-    monkeypatch.setattr(_display, "_RATE", 0.01)
 
     async def talk():
-        terminal.wait_for("⠋ trip  running  0.00 s")
+        terminal.wait_for("⠋ trip    running  0.00 s", "  ⠋ talk  running  0.00 s")
         print("hello")  # noqa: T201 - as actions do
-        terminal.wait_for("hello", "⠋ trip  running  0.00 s")
+        terminal.wait_for("hello", "⠋ trip    running  0.00 s", "  ⠋ talk  running  0.00 s")
 
     console = console_of(terminal, clock)
     await Saga([Step(talk)], name="trip", middleware=[show_progress(console)]).run()
@@ -417,7 +419,13 @@ async def test_what_is_printed_meanwhile_stands_above(terminal, clock, monkeypat
     assert ["hello", "✓ trip    done  0.00 s", "  ✓ talk  done  0.00 s"] == terminal.lines
 
 
-@pytest.mark.parametrize("stream", [io.StringIO, lambda: None, object])
+def closed_file():
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, closed_file, lambda: None, object])
 async def test_what_is_written_to_a_file_gets_there(stream, terminal, console, monkeypatch):
     """A stream that is no terminal is left alone, though the tree stands on one; or is none at all."""
     written = stream()
@@ -709,6 +717,59 @@ def test_what_is_chosen_fits():
     assert not rest
 
 
+async def test_what_failed_and_why_is_readable_whole(clock):
+    """At the end an error for which its line has no room stands below it, and none stands there twice."""
+    terminal = Terminal(width=50, height=20)
+
+    async def fail():
+        raise Boom("there is no seat on flight 4711 to the moon, nor on any other")
+
+    async def stuck():
+        terminal.wait_for(
+            "⠋ trip  being taken back  0.00 s",
+            "  ⠋ a   being taken back  0.00 s",
+            "  ✗ b   failed            0.00 s  Boom('there is …",
+        )
+        raise Crash("the counter is closed")
+
+    parts = [Step(nothing, stuck, name="a"), Step(fail, name="b", not_applied=Boom)]
+    whole = Saga(parts, name="trip", middleware=[show_progress(console_of(terminal, clock))])
+    with pytest.raises(CompensationFailed):
+        await whole.run()
+
+    assert [
+        "✗ trip  could not be taken back  0.00 s",
+        "  ✗ a   could not be taken back  0.00 s",
+        "      Crash('the counter is closed')",
+        "  ✗ b   failed                   0.00 s",
+        "      Boom('there is no seat on flight 4711 to the",
+        "      moon, nor on any other')",
+    ] == terminal.lines
+    terminal.check_given_back()
+
+
+async def test_what_no_step_has_said_stands_at_the_saga(paper):
+    """Of a rollback that failed the saga says what started it and what failed, as far as no step did."""
+
+    async def refuse(effect, call_next):
+        if effect.kind == "rollback":
+            raise Crash("no rollback today")
+        return await call_next()
+
+    async def fail():
+        raise Boom("full")
+
+    parts = [Step(nothing, nothing, name="a"), Step(fail, name="b", not_applied=Boom)]
+    with pytest.raises(CompensationFailed):
+        await Saga(parts, name="trip", middleware=[*paper.middleware, refuse]).run()
+
+    text = paper.getvalue()
+    assert 1 == text.count("Boom('full')")
+    assert 1 == text.count("Crash('no rollback today')")
+    assert "CompensationFailed" not in text
+    assert r"\n" not in text
+
+
 async def test_a_narrow_terminal_has_the_names(clock):
     """Where there is no room the end of a line is cut off, and a long name."""
     terminal = Terminal(width=32, height=10)
@@ -756,11 +817,14 @@ async def test_a_name_is_shown_as_it_is_written(name, clock):
 
     shown = HOSTILE[name]
     error = repr(Boom(name))
-    if len(error) > 240:
-        error = f"{error[:237]}..."
+    below = []
+    if len(error) > 2000:
+        error = f"{error[:1997]}..."
+        below = [f"      {error[start : start + 594]}" for start in range(0, 2000, 594)]
     assert [
         f"↺ {shown}    taken back  0.00 s",
-        f"  ✗ {shown}  failed      0.00 s  {error}",
+        f"  ✗ {shown}  failed      0.00 s" + ("" if below else f"  {error}"),
+        *below,
     ] == [line.replace("汉 字 ", "汉字") for line in terminal.lines]
     assert [
         f"{shown}: running",
@@ -794,7 +858,10 @@ async def test_a_terminal_that_knows_ascii_alone_gets_no_more(clock):
         await Saga(parts, name="trip", middleware=[show_progress(console_of(terminal, clock))]).run()
 
     assert "".join(terminal.written).isascii()
-    assert "  x fail              failed      0.00 s" == terminal.lines[-1]
+    assert [
+        "  x fail              failed      0.00 s",
+        r"      Boom('gr\xf6\xdfer')",
+    ] == terminal.lines[-2:]
     terminal.check_given_back()
 
 
@@ -832,7 +899,7 @@ async def test_without_a_terminal_there_are_lines(paper, clock):
         "  commit: done in 0.00 s",
         "  moon: failed in 0.00 s: in doubt: Boom('a long explanation, longer than a line of this paper')",
         "trip: being taken back",
-        "  moon: taken back in 0.00 s: Boom('a long explanation, longer than a line of this paper')",
+        "  moon: taken back in 0.00 s, after Boom('a long explanation, longer than a line of this paper')",
         "trip: failed in 3.00 s",
     ] == paper.getvalue().splitlines()
 
@@ -892,6 +959,7 @@ async def test_where_something_else_is_drawn_lines_are_printed_above_it(
             "trip: done in 0.00 s",
             "something else",
         ] == terminal.lines
+    terminal.cursor_was_hidden = False  # by that
 
 
 # --- however it ends ----------------------------------------------------------------------------
@@ -899,7 +967,7 @@ async def test_where_something_else_is_drawn_lines_are_printed_above_it(
 
 @every_way
 async def test_what_is_cancelled_ends(way, world: World, terminal, console):
-    """However a run is cancelled, its tree says so, and the cursor is there again."""
+    """However a run is cancelled, its tree says so."""
     trip = Saga(
         [world.step("a"), Parallel(world.member("b"), Step(world.functions("c")[0], name="c"))],
         name="trip",
@@ -918,7 +986,7 @@ async def test_what_is_cancelled_ends(way, world: World, terminal, console):
 
 
 @every_way
-async def test_a_cancellation_in_the_rollback_leaves_the_cursor(way, world: World, terminal, console):
+async def test_a_cancellation_in_the_rollback_is_no_end(way, world: World, terminal, console):
     """A cancellation that meets a compensation does not end the drawing before the rollback."""
     parts = [world.step("a"), world.step("b", before=Boom())]
     await interrupted(way, world, "-b", Saga(parts, middleware=[show_progress(console)]).run)
@@ -953,7 +1021,7 @@ def test_a_run_that_is_closed_gives_the_terminal_back(terminal, console):
 
     run = Saga([Step(act, name="a")], name="trip", middleware=[show_progress(console)]).run()
     run.send(None)
-    assert terminal.screen.cursor.hidden
+    terminal.wait_for("⠋ trip  running  0.00 s", "  ⠋ a   running  0.00 s")
     run.close()
 
     assert [
@@ -963,7 +1031,7 @@ def test_a_run_that_is_closed_gives_the_terminal_back(terminal, console):
 
 
 def test_a_run_that_nobody_ends_is_drawn_until_the_program_ends(terminal, console, monkeypatch):
-    """At the end of the program the cursor is there again, and the effects to come are harmless."""
+    """At the end of the program the tree is whole, and the effects to come are harmless."""
 
     @types.coroutine
     def pause():
@@ -1077,6 +1145,67 @@ async def test_a_run_that_begins_while_the_last_is_leaving(clock, monkeypatch):
 
     assert 4 == len(terminal.lines)
     terminal.check_given_back()
+
+
+async def test_runs_that_end_at_once_are_all_shown(clock, monkeypatch):
+    """Of more runs than are drawn at once, each has its tree when the last one has ended."""
+    monkeypatch.setattr(_display, "_AT_ONCE", 2)
+    terminal = Terminal()
+    middleware = [show_progress(console_of(terminal, clock))]
+    async with anyio.create_task_group() as tasks:
+        for number in range(9):
+            tasks.start_soon(Saga([Step(checkpoint)], name=f"trip-{number}", middleware=middleware).run)
+
+    names = [line.split()[1] for line in terminal.lines if "trip-" in line]
+    assert [f"trip-{number}" for number in range(9)] == sorted(names)
+    terminal.check_given_back()
+
+
+def test_a_run_without_nodes_is_shown_as_nothing(terminal, console, monkeypatch):
+    """A Ctrl-C that meets a run before its first effect is written down does not end the progress."""
+    middleware = [show_progress(console)]
+
+    def interrupt(run, *args):
+        raise KeyboardInterrupt
+
+    whole = Saga([Step(nothing, name="a")], name="trip", middleware=middleware)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            whole.run().send(None)
+    assert [] == _display._tree(Run("r"), console, 5)
+    with pytest.raises(StopIteration):
+        whole.run().send(None)
+
+    assert ["✓ trip  done  0.00 s", "  ✓ a   done  0.00 s"] == terminal.lines
+
+
+@pytest.mark.parametrize("given", [True, False])
+async def test_a_child_of_a_fork_begins_afresh(given, clock, monkeypatch):
+    """It has neither the thread that draws nor what that has locked, and shows its own runs."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    held, goes_on = threading.Event(), threading.Event()
+    painters_of_parent = []
+    middleware = [show_progress(console_of(terminal, clock) if given else None)]
+
+    async def fork():
+        terminal.instead = lambda: (held.set(), goes_on.wait(10))
+        await anyio.to_thread.run_sync(held.wait)
+        terminal.instead = None
+        assert sys.stdout is not terminal
+        # As it is called in the child, in which the painter does not go on.
+        _display._start_afresh()
+        assert sys.stdout is terminal
+        await Saga([Step(nothing)], name="of the child", middleware=middleware).run()
+        assert any("of the child" in line for line in terminal.lines)
+        painters_of_parent.extend(painters())
+        goes_on.set()
+
+    await Saga([Step(fork)], name="of the parent", middleware=middleware).run()
+    [painter] = painters_of_parent
+    painter.join(10)
+    assert [] == painters()
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])

@@ -185,15 +185,12 @@ def step(
     return Step(act, compensate, name=name, not_applied=not_applied)
 
 
-SHOW_CURSOR = "\x1b[?25h"
-
-
 def be_killed(shop: Shop, name: str) -> None:
     """Kills this process, as ``kill -9`` does: no exception, no compensation, no last word after it."""
-    # Past the tree on a terminal, which has no time to show the cursor again.
+    # Past the tree on a terminal, which has no time to write what is printed.
     is_terminal = sys.stdout.isatty()
     out = sys.__stdout__ if is_terminal else sys.stdout
-    print(f"{SHOW_CURSOR}\n" if is_terminal else "", file=out)
+    print("\n" if is_terminal else "", file=out)
     print(f"Killed: the work of {name} is done, and that is not recorded. Now try:\n", file=out)
     print(f"  pysagas list --journal {shop.journal}", file=out)
     print(f"  pysagas recover --journal {shop.journal} --app pysagas.demo:app", file=out)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from itertools import islice
 from threading import Event, RLock, Thread, current_thread
 from typing import Final, NamedTuple, cast
+from weakref import WeakSet
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
@@ -14,7 +16,7 @@ from rich.errors import LiveError
 from rich.live import Live
 from rich.text import Text
 
-from pysagas import Effect, SagaState, StepState
+from pysagas import CompensationFailed, Effect, SagaState, StepState
 
 from ._tree import Node, Run, Word, is_step
 
@@ -42,10 +44,14 @@ _SPINNER: Final = ("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\")
 
 # How often a second the tree is drawn, whatever the number of effects.
 _RATE = 10
-# Seconds for which a run waits for its drawing: a terminal may be stopped, and a saga must not be.
-_PATIENCE = 1.0
-# Characters of a name or an error. No terminal is that wide, and measuring a text takes time.
+# Seconds for which the last run under way waits for its drawing: a terminal may be stopped, and a saga
+# must not be.
+_PATIENCE = 0.2
+# How many trees of runs that have ended are drawn at once: what waits for one of them has patience.
+_AT_ONCE = 50
+# Characters of a name, and of an error. Measuring a text takes time.
 _LONGEST = 240
+_LONGEST_ERROR = 2000
 # A deeper node is no further to the right: its name would be out of sight.
 _DEEPEST = 12
 
@@ -66,12 +72,22 @@ def _trees(runs: list[Run], console: Console, most: int) -> list[Text]:
     return lines
 
 
-def _tree(run: Run, console: Console, most: int) -> list[Text]:
+def _tree(run: Run, console: Console, most: int, *, whole: bool = False) -> list[Text]:
+    """Draws a run.
+
+    Args:
+        run: Which.
+        console: Where to.
+        most: So many nodes at most, or one less and a line that counts the others.
+        whole: Whether an error for which its line has no room is written below it, rather than cut.
+    """
     now = console.get_time()
     ascii_only = console.options.ascii_only
     spinner = _SPINNER[ascii_only]
     frame = spinner[int(now * _RATE) % len(spinner)]
     nodes, rest = run.choose(most)
+    if not nodes:
+        return []  # a Ctrl-C has met the run before its first node was written down
     rows: list[tuple[str, Word, str, str]] = []
     for node in nodes:
         word = run.word(node)
@@ -92,9 +108,17 @@ def _tree(run: Run, console: Console, most: int) -> list[Text]:
             "  ",
             (f"{word:<{word_width}}", _LOOKS[word].style),
             f"  {took:>{time_width}}",
-            f"  {detail}" if detail else "",
         )
         lines.append(line)
+        room = console.width - line.cell_len - 2
+        if whole and cell_len(detail) > room:
+            shift = min(len(left) - len(left.lstrip(" ")) + 4, console.width // 2)
+            below = Text(detail).wrap(console, console.width - shift)
+            for part in below:
+                part.pad_left(shift)
+            lines += below
+        elif detail:
+            line.append(f"  {detail[: console.width]}")
     if rest:
         lines.append(Text(f"  {rest}"))
     for line in lines:
@@ -111,10 +135,12 @@ def _time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
-def _shown(text: str, console: Console) -> str:
+def _shown(text: str, console: Console, longest: int = _LONGEST) -> str:
     """Keeps a name or an error from moving the cursor, and to what the terminal can show."""
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST - 3]}..."
+    if len(text) > longest:
+        text = f"{text[: longest - 3]}..."
+    if text.isascii() and text.isprintable():
+        return text  # as nearly all are, of thousands
     text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
     return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
@@ -123,6 +149,9 @@ def _raised(error: BaseException | None) -> list[str]:
     """What an exception says; nothing for an interruption, of which the word says all."""
     if not isinstance(error, Exception):
         return []
+    if isinstance(error, CompensationFailed):
+        # Its message lists these; those that a step has shown are not repeated.
+        return [text for part in (error.error, *error.failures) for text in _raised(part)]
     if isinstance(error, ExceptionGroup):
         # Of a thousand members that fail a line has room for few.
         group = cast("ExceptionGroup[Exception]", error)
@@ -141,12 +170,16 @@ class Display:
 
     All of rich's work for a tree is done in that thread: so a Ctrl-C, which Python raises in the
     main thread, cannot leave it half done. It lives while a run is under way. The effects write down
-    what they are, under a lock that is never held while something is drawn; one that begins a run,
-    or ends it, waits until that is to be seen.
+    what they are, under a lock that is never held while something is drawn. Only where the last run
+    under way ends the effect waits, so that what the program prints next stands below its tree.
     """
 
     def __init__(self, console: Console | None) -> None:
         self._given = console
+        self._start()
+        _DISPLAYS.add(self)
+
+    def _start(self) -> None:
         # The garbage collector may close a run in any thread at any line, here too: so one that can
         # be taken again.
         self._lock = RLock()
@@ -155,8 +188,10 @@ class Display:
         self._ended: list[Run] = []
         self._painter: Thread | None = None
         self._wake = Event()
-        # Whether somebody has waited in vain: a terminal may be stopped, and nobody waits for it again.
-        self._stuck = False
+        # Of the last run that has waited in vain. Until it is set the terminal is taken for stopped,
+        # and nobody else waits.
+        self._missed = Event()
+        self._missed.set()
         self._broken = False
         # What the painter met, for an effect to raise, so that it is logged.
         self._met: BaseException | None = None
@@ -164,8 +199,21 @@ class Display:
         self._console: Console | None = None
         self._draws = False
 
+    def start_afresh(self) -> None:
+        """Forgets, in a child of a fork, the runs of the parent and its painter, which is not there.
+
+        What the painter held when the process was forked nobody gives back in the child: so its
+        console is used no more, neither for runs nor for what is printed.
+        """
+        if self._painter is not None:
+            for name in ("stdout", "stderr"):
+                stream = getattr(sys, name)
+                setattr(sys, name, getattr(stream, "rich_proxied_file", stream))
+            if self._given is not None:
+                self._given = Console(file=self._given.file, force_terminal=self._given.is_terminal)
+        self._start()
+
     def begin(self, effect: Effect, token: object) -> None:
-        started: Event | None = None
         with self._lock:
             if self._broken:
                 return
@@ -176,15 +224,15 @@ class Display:
             run = self._runs.get(effect.run_id)
             if run is None:
                 run = self._runs[effect.run_id] = Run(_shown(effect.run_id, console))
-                if len(self._runs) > 1:
+                run.among_others = len(self._runs) > 1
+                if len(self._runs) == 2:
+                    # The other one was alone until now.
                     for one in self._runs.values():
                         one.among_others = True
             node = run.begin(effect, token, _shown(effect.name, console), console.get_time())
             if self._draws and self._painter is None:
-                self._wake.clear()
-                started = Event()
                 painter = Thread(
-                    target=self._paint, args=(console, started), name="pysagas progress", daemon=True
+                    target=self._paint, args=(console,), name="pysagas progress", daemon=True
                 )
                 try:
                     painter.start()
@@ -192,11 +240,9 @@ class Display:
                     self._give_up()
                     raise
                 self._painter = painter
-                # For a run that nobody ends: a program must not leave a terminal without cursor.
+                # For a run that nobody ends: what comes after the program begins on a line of its own.
                 atexit.register(self._close)
-        if started is not None:
-            self._stuck = not started.wait(_PATIENCE)
-        elif not self._draws and not is_step(effect) and effect.kind != "commit":
+        if not self._draws and not is_step(effect) and effect.kind != "commit":
             assert node.word is not None
             self._say(run, node, node.word)
 
@@ -209,6 +255,7 @@ class Display:
     ) -> None:
         errors = _raised(error)
         node: Node | None = None
+        is_last = False
         with self._lock:
             run = self._runs.get(effect.run_id)
             painter = self._painter
@@ -218,26 +265,29 @@ class Display:
                 try:
                     node = run.open.pop(token, None)
                     if node is not None:
-                        shown = [_shown(one, console) for one in errors]
+                        shown = [_shown(one, console, _LONGEST_ERROR) for one in errors]
                         run.end(effect, node, state, error, shown, console.get_time())
                 finally:
                     # A Ctrl-C may arrive here, too.
                     if not run.open:
                         del self._runs[effect.run_id]
+                        is_last = not self._runs
                         if painter is not None:
                             self._ended.append(run)
                             self._wake.set()
         if run is not None and painter is None:
             if node is not None and not node.open and effect.kind != "group":
-                says = run.says(node)
-                self._say(run, node, f"{run.word(node)} in {_time(node.took)}{says and ': '}{says}")
-        elif run is not None and not run.open and painter is not current_thread():
+                word, says = run.word(node), run.says(node)
+                # What a step raised that was then taken back is no error of that.
+                link = (", after " if word == "taken back" else ": ") if says else ""
+                self._say(run, node, f"{word} in {_time(node.took)}{link}{says}")
+        elif run is not None and is_last and painter is not current_thread() and self._missed.is_set():
             assert painter is not None
-            # Only who is the last waits: while others are under way it will be drawn soon enough.
-            if not self._runs and not self._stuck:
-                self._stuck = not run.shown.wait(_PATIENCE)
-            if not self._stuck and self._painter is not painter:
-                painter.join(_PATIENCE)
+            if not run.shown.wait(_PATIENCE):
+                self._missed = run.shown
+            else:
+                # It is about to end, unless another run has begun.
+                painter.join(0 if self._painter is painter else _PATIENCE)
         met, self._met = self._met, None
         if met is not None:
             raise met
@@ -287,40 +337,39 @@ class Display:
             self._ended += self._runs.values()
             self._runs.clear()
             self._wake.set()
-            painter = self._painter
-        if painter is not None:
+            painter, ended = self._painter, [*self._ended]
+        if painter is not None and all(run.shown.wait(_PATIENCE) for run in ended):
             painter.join(_PATIENCE)
 
     # --- as a tree, in a thread of its own
 
-    def _paint(self, console: Console, started: Event) -> None:
+    def _paint(self, console: Console) -> None:
         last: list[Run] = []
         try:
             while True:
+                # What goes into a file has to get there.
                 live = Live(
                     console=console,
                     auto_refresh=False,
                     vertical_overflow="crop",
-                    # What goes to a file has to get there, though the tree stands on a terminal.
                     redirect_stdout=_is_terminal(sys.stdout),
                     redirect_stderr=_is_terminal(sys.stderr),
                 )
                 try:
-                    live.start()
-                except BaseException:
-                    # All that it had done: `stop` would undo more than that.
-                    console.clear_live()
-                    raise
-                try:
-                    self._keep_up_to_date(live, last, started)
+                    with console:
+                        live.start()
+                        # rich hides it; a program that is killed could not show it again.
+                        console.show_cursor(True)
+                    self._keep_up_to_date(live, last)
                 finally:
                     live.stop()
                 with self._lock:
-                    if not self._runs and not self._ended:
+                    is_over = not self._runs and not self._ended
+                    if is_over:
                         self._forget_painter()
-                        return
-                for run in last:
-                    run.shown.set()
+                _tell(last)
+                if is_over:
+                    return
         except BaseException as error:
             # In a thread of its own nobody else could take it, whatever it is.
             with self._lock:
@@ -328,49 +377,52 @@ class Display:
                 self._give_up()
                 self._forget_painter()
                 self._met = error if isinstance(error, Exception) else _broken(error)
-        finally:
-            started.set()
-            for run in last:
-                run.shown.set()
+            _tell(last)
 
     def _forget_painter(self) -> None:
         self._painter = None
         atexit.unregister(self._close)
 
-    def _keep_up_to_date(self, live: Live, last: list[Run], started: Event) -> None:
+    def _keep_up_to_date(self, live: Live, last: list[Run]) -> None:
         """Draws until no run is under way.
 
         Args:
             live: What draws.
-            last: For those that have just ended. They are told later than the others: when the
-                cursor is there again.
-            started: To be set when something has been drawn: what an action prints while that is
-                being written would tear it.
+            last: For those that have just ended. They are told later than the others: when nothing
+                is drawn any more.
         """
         console = live.console
         while True:
             most = max(2, console.height - 1)
             with self._lock:
-                self._wake.clear()
-                last[:], self._ended = self._ended, []
-                finals = [line for run in last for line in _tree(run, console, most)]
-                runs = [*self._runs.values()]
-                lines = _trees(runs, console, most)
-            if not runs:
+                last[:] = self._ended[:_AT_ONCE]
+                del self._ended[:_AT_ONCE]
+                if not self._ended:
+                    self._wake.clear()
+                is_over = not self._runs and not self._ended
+                lines = _trees([*self._runs.values()], console, most)
+            finals = [line for run in last for line in _tree(run, console, most, whole=True)]
+            if is_over:
                 live.update(Group(*finals))  # which stays when it is stopped
                 return
             live.update(Group(*lines), refresh=True)
-            started.set()
             if finals:
                 console.print(Group(*finals))
-            for run in last:
-                run.shown.set()
+            _tell(last)
             self._wake.wait(1 / _RATE)
 
 
+def _tell(runs: list[Run]) -> None:
+    for run in runs:
+        run.shown.set()
+
+
 def _is_terminal(stream: object) -> bool:
-    isatty = getattr(stream, "isatty", None)
-    return isatty is not None and bool(isatty())
+    """Tells it of ``sys.stdout``, which a program may have closed, or set to anything."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except Exception:
+        return False
 
 
 def _broken(error: BaseException) -> Exception:
@@ -378,3 +430,15 @@ def _broken(error: BaseException) -> Exception:
     broken = BrokenPipeError("nobody reads any more what the progress is written to")
     broken.__cause__ = error
     return broken
+
+
+_DISPLAYS: Final[WeakSet[Display]] = WeakSet()
+
+
+def _start_afresh() -> None:
+    for display in _DISPLAYS:
+        display.start_afresh()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has no fork
+    os.register_at_fork(after_in_child=_start_afresh)

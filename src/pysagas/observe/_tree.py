@@ -75,7 +75,7 @@ class Run:
         self.told: set[str] = set()
         # Whether another one was under way meanwhile: then it is shown which is which.
         self.among_others = False
-        # Set when its final tree is on the screen.
+        # Set when its final tree is on the screen, or never will be.
         self.shown = Event()
 
     def begin(self, effect: Effect, token: object, name: str, now: float) -> Node:

@@ -19,19 +19,19 @@ def show_progress(console: Console | None = None) -> Middleware:
 
     On a terminal that is a tree, in which each saga, group and step has a line, with its state and
     how long it took. It is kept up to date while a run is under way, and stays on the screen when
-    it has ended; what is printed meanwhile stands above it. Of a tree that is taller than the
-    terminal the lines that matter are shown, and the others counted. Elsewhere, in a file or a pipe,
-    it is a line where a saga or a rollback begins, and one where a step ends.
+    it has ended; what is printed meanwhile stands above it, unless it goes elsewhere. Of a tree that
+    is taller than the terminal the lines that matter are shown, and the others counted. Elsewhere, in
+    a file or a pipe, it is a line where a saga or a rollback begins, and one where a step ends.
 
     Several sagas can share it, in several threads, too. A terminal has room for one: give sagas that
     run at the same time the same one. A block of `open_saga` has no effect of its own, so each call
     in it is a tree by itself.
 
     As an `observer` it cannot harm the saga. After an error of the console, which is logged, it shows
-    nothing any more. A terminal that is stopped holds a run up for a second, once; lines are printed as
-    `print` does it, so a pipe that nobody reads holds it up for as long. What a process ended by
-    SIGTERM or SIGKILL leaves on its screen has no cursor, as with every program that draws; one that
-    makes an exception of SIGTERM takes its sagas back and leaves a cursor.
+    nothing any more. The tree is drawn in a thread: a terminal that is stopped, with Ctrl-S, holds the
+    program up for a fraction of a second, where its last run ends, and where it ends itself. Lines are
+    written at once: a pipe that nobody reads holds the program up when it is full, as `print` does.
+    A child of `os.fork` shows the runs that begin in it, and none of its parent's.
 
     Args:
         console: Where to; None: what is ``sys.stdout`` when a run begins. Its clock is used.
