@@ -30,7 +30,7 @@ def show_progress(console: Console | None = None) -> Middleware:
     As an `observer` it cannot harm the saga. After an error of the console, which is logged, it shows
     nothing any more. The tree is drawn in a thread: a terminal that is stopped, with Ctrl-S, holds the
     program up for a fraction of a second, where its last run ends, and where it ends itself. Lines are
-    written at once: a pipe that nobody reads holds the program up when it is full, as `print` does.
+    written at once: a pipe that nobody reads holds the program up when it is full, as ``print`` does.
     A child of `os.fork` shows the runs that begin in it, and none of its parent's.
 
     Args:
