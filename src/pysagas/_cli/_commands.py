@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -417,14 +417,17 @@ def with_app(
             return await work(journal, sagas)
 
     try:
-        if not quiet:
-            return anyio.run(opened, backend=backend.value)
-        with redirect_stdout(sys.stderr):
+        return run_app(opened, backend, quiet=quiet)
+    except JournalError as error:
+        raise typer.BadParameter(str(error), param_hint="--journal") from error
+
+
+def run_app(opened: Callable[[], Awaitable[T]], backend: Backend, *, quiet: bool) -> T:
+    try:
+        with redirect_stdout(sys.stderr) if quiet else nullcontext():
             return anyio.run(opened, backend=backend.value)
     except BadApp as error:
         raise typer.BadParameter(str(error), param_hint="--app") from error
-    except JournalError as error:
-        raise typer.BadParameter(str(error), param_hint="--journal") from error
 
 
 def definition(app: str | None, name: str | None) -> str:
@@ -446,11 +449,7 @@ def definition(app: str | None, name: str | None) -> str:
                 )
             return mermaid(fitting[0])
 
-    try:
-        with redirect_stdout(sys.stderr):
-            return anyio.run(draw)
-    except BadApp as error:
-        raise typer.BadParameter(str(error), param_hint="--app") from error
+    return run_app(draw, Backend.ASYNCIO, quiet=True)
 
 
 def saga_of_run(info: RunInfo, sagas: list[AnySaga], app: str | None) -> AnySaga:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pysagas import Outcome, Saga, TreeNode
 
-from ._text import label
+from ._text import called, label
 
 __all__ = ["flowchart", "mermaid"]
 
@@ -96,11 +96,9 @@ def flowchart(tree: Iterable[TreeNode], states: _States, failed: _Failed) -> str
 def _nodes(node: TreeNode, inner: _Inner, states: _States, failed: _Failed) -> Iterator[str]:
     """Yields the lines of a place; of one that holds others, a box with all that is in it."""
     state = states.get(node.path)
-    title = label(node.name)
-    if node.kind == "group" and node.name != "parallel":  # what is given no name is called that
-        title = f"parallel: {title}"
+    text = called(node, label)
     if inner[node.path] and node.path:
-        yield f'subgraph {_id(node)}["{title}"]'
+        yield f'subgraph {_id(node)}["{text}"]'
         yield "  direction TB"  # else Mermaid turns a box within a box by a quarter
         for part in inner[node.path]:
             yield from (f"  {line}" for line in _nodes(part, inner, states, failed))
@@ -110,12 +108,12 @@ def _nodes(node: TreeNode, inner: _Inner, states: _States, failed: _Failed) -> I
     if node.kind == "commit":
         passed = node.passed or not states
         mark = ":::commit" if passed else f":::{_class('not started')}"
-        title += "" if passed else "<br/>not passed"
+        text += "" if passed else "<br/>not passed"
     elif state is not None:
         mark = f":::{_class(state)}"
-        title += f"<br/>failed, {state}" if node.path in failed else f"<br/>{state}"
+        text += f"<br/>failed, {state}" if node.path in failed else f"<br/>{state}"
     begin, end = _shape(node, inner)
-    yield f'{_id(node)}{begin}"{title}"{end}{mark}'
+    yield f'{_id(node)}{begin}"{text}"{end}{mark}'
     ways = [
         f"{kind}: {label(way)}"
         for kind, way in (("undo", node.undo), ("compensation", node.compensation))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["label", "plain"]
+from collections.abc import Callable
+
+from pysagas import TreeNode
+
+__all__ = ["called", "label", "plain"]
 
 _LONGEST_NAME = 40
 
@@ -20,6 +24,13 @@ def plain(name: str) -> str:
 def label(name: str) -> str:
     """Gives a name as Mermaid shows it literally: without markup, HTML, or the end of a label."""
     return "".join(map(_coded, plain(name)))
+
+
+def called(node: TreeNode, shown: Callable[[str], str]) -> str:
+    """Gives what a place is called; a group that has a name is said to be one."""
+    # What is given no name is called by what it is.
+    named = node.kind == "group" and node.name != "parallel"
+    return f"parallel: {shown(node.name)}" if named else shown(node.name)
 
 
 def _seen(character: str) -> str:

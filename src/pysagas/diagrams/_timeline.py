@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pysagas import Outcome, Ran, SagaState, StepReport, StepState, TreeNode
 
-from ._text import label, plain
+from ._text import called, label, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -133,7 +133,7 @@ class Timeline:
             rows.append(
                 [
                     Text(".".join(map(str, node.path)), "dim"),
-                    Text("  " * (len(node.path) - 1) + _name(node)),
+                    Text("  " * (len(node.path) - 1) + called(node, plain)),
                     Text(state, style),
                     Text(f"{times[0].began / unit:.1f} {name}" if times else ""),
                     Text(_took(ran for ran in times if ran.kind == "action")),
@@ -251,12 +251,6 @@ def timeline(outcome: Outcome[Any]) -> Timeline:
 def _unit(span: float) -> tuple[float, str]:
     fitting = [unit for unit in _UNITS if span >= _SEVERAL * unit[0]]
     return fitting[-1] if fitting else _UNITS[0]
-
-
-def _name(node: TreeNode) -> str:
-    # What is given no name is called by what it is.
-    named = node.kind == "group" and node.name != "parallel"
-    return f"parallel: {plain(node.name)}" if named else plain(node.name)
 
 
 def _state(node: TreeNode, report: StepReport | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from ._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode
 from ._errors import NotRecordable, SagaChanged
 from ._events import Event, EventKind
 
-__all__ = ["Ended", "Ends"]
+__all__ = ["Ended", "Ends", "undo_is_lost"]
 
 Written = tuple[EventKind, bytes]
 
@@ -32,6 +32,14 @@ class Ended(NamedTuple):
     value: Any
     error: BaseException | None
     is_lost: bool
+
+
+def undo_is_lost(effect: Effect) -> NotRecordable:
+    """Makes the error for a compensation that nobody can run any more."""
+    return NotRecordable(
+        f"step {effect.name!r} at {effect.path} returned what could not be recorded, and its undo has not "
+        "ended: take it back by hand, or give the step a compensation, which takes its arguments"
+    )
 
 
 class Ends:
@@ -70,17 +78,22 @@ class Ends:
         return EventKind.ANSWERED, json.dumps(answered).encode()
 
     def raised(self, effect: Effect, step: StepInHand, error: BaseException) -> list[Written]:
-        """Writes what an action raised, and the state in which that left its step."""
-        result = self._encode_result(effect, step)
+        """Writes what an action raised; an interruption is no failure, but may say how far it had come."""
         if isinstance(error, Exception):
-            failure = {"state": step.state.value, "result": result, "error": encode_error(error)}
-            return [(EventKind.FAILED, json.dumps(failure).encode())]
+            return [self.failed(effect, step, error)]
+        result = self._encode_result(effect, step)
         if step.state is StepState.UNKNOWN or (result is None) == (step.state is StepState.COMPLETED):
             return []
         # A cancellation is no result; but the action had returned before, or this step is not in
         # doubt, and will not be compensated.
         cut_off = EventKind.CUT_OFF, step.state.value.encode()
         return [cut_off] if result is None else [(EventKind.DONE, as_bytes(result)), cut_off]
+
+    def failed(self, effect: Effect, step: StepInHand, error: BaseException) -> Written:
+        """Writes what an action failed by, and the state in which that left its step."""
+        result = self._encode_result(effect, step)
+        failure = {"state": step.state.value, "result": result, "error": encode_error(error)}
+        return EventKind.FAILED, json.dumps(failure).encode()
 
     def read(self, effect: Effect, step: StepInHand, event: Event) -> Ended:
         """Reads how an action ended.

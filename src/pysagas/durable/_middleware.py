@@ -26,8 +26,8 @@ from ._codec import (
     encode_result,
     text_of,
 )
-from ._ends import Ends
-from ._errors import Interrupted, JournalError, NotRecordable, SagaChanged
+from ._ends import Ends, undo_is_lost
+from ._errors import Interrupted, JournalError, SagaChanged
 from ._events import Event, EventKind, Path, relevant
 from ._recalled import value_type
 from ._replay import Replay
@@ -282,11 +282,7 @@ class RunMiddleware:
         # Not begun; or in doubt, and then it runs again.
         await self.replay.park(effect, forward=False)
         if effect.path in self._lost:
-            raise NotRecordable(
-                f"step {effect.name!r} at {effect.path} returned what could not be recorded, and its undo "
-                "has not ended: take it back by hand, or give the step a compensation, which takes its "
-                "arguments"
-            )
+            raise undo_is_lost(effect)
         try:
             await self._record(EventKind.COMPENSATING, effect)
         except JournalError:

@@ -45,7 +45,7 @@ from pysagas import (
     outcome_of,
 )
 from pysagas.durable._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode_result
-from pysagas.durable._ends import Ends
+from pysagas.durable._ends import Ends, undo_is_lost
 from pysagas.durable._errors import NotRecordable, SagaChanged
 from pysagas.durable._events import Event, EventKind, RunState
 from pysagas.durable._recalled import value_type
@@ -378,16 +378,11 @@ class Attempt:
             try:
                 answer = await call_next()
                 return [self._ends.returned(effect, step, answer)]
-            except Exception as error:
-                raised = error
-                return self._ends.raised(effect, step, error)
-            except (asyncio.CancelledError, SystemExit) as error:
-                # What an action did by itself is no order to this worker: the run fails by it.
-                if not (isinstance(error, SystemExit) or self._is_its_own()):
+            except BaseException as error:
+                if not self._is_its_own(error):
                     raise
                 raised = error
-                failure = {"state": step.state.value, "result": None, "error": encode_error(error)}
-                return [(EventKind.FAILED, json.dumps(failure).encode())]
+                return [self._ends.failed(effect, step, error)]
 
         recorded = await self._durably(effect, number, EventKind.STARTED, call)
         if recorded is not None:
@@ -425,21 +420,14 @@ class Attempt:
             nonlocal result, raised
             try:
                 if effect.path in self._lost:
-                    raise NotRecordable(
-                        f"step {effect.name!r} at {effect.path} returned what could not be recorded, and "
-                        "its undo has not ended: take it back by hand, or give the step a compensation, "
-                        "which takes its arguments"
-                    )
+                    raise undo_is_lost(effect)
                 result = await call_next()
-            except (Exception, SystemExit) as error:
-                raised = error
-            except asyncio.CancelledError as error:
-                if not self._is_its_own():
+            except BaseException as error:
+                if not self._is_its_own(error):
                     raise
                 raised = error
-            if raised is None:
-                return [(EventKind.COMPENSATED, b"")]
-            return [(EventKind.NOT_COMPENSATED, json.dumps(encode_error(raised)).encode())]
+                return [(EventKind.NOT_COMPENSATED, json.dumps(encode_error(error)).encode())]
+            return [(EventKind.COMPENSATED, b"")]
 
         recorded = await self._durably(effect, 1, EventKind.COMPENSATING, call)
         if recorded is not None and recorded[0][0] is EventKind.NOT_COMPENSATED:
@@ -451,8 +439,14 @@ class Attempt:
                 del raised
         return result
 
-    def _is_its_own(self) -> bool:
-        """Tells whether a cancellation is that of a future that was awaited, and of nobody else."""
+    def _is_its_own(self, error: BaseException) -> bool:
+        """Tells whether a step has raised it by itself; then its run fails by it.
+
+        A SystemExit is no order to this worker. A cancellation may be that of a future that was
+        awaited, and of nobody else.
+        """
+        if not isinstance(error, asyncio.CancelledError):
+            return isinstance(error, Exception | SystemExit)
         task = asyncio.current_task()
         assert task is not None
         return self._abandoned is None and not task.cancelling()

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from pysagas import CompensationFailed, Effect, SagaState, StepState
 
+from ._state import printable
 from ._tree import Node, Run, Word, is_step
 
 __all__ = ["Display"]
@@ -141,8 +142,7 @@ def _shown(text: str, console: Console, longest: int = _LONGEST) -> str:
         text = f"{text[: longest - 3]}..."
     if text.isascii() and text.isprintable():
         return text  # as nearly all are, of thousands
-    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    return printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def _raised(error: BaseException | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pysagas import CallNext, Effect, SagaState, StepState, outcome_of
 
-__all__ = ["one_line", "state_of"]
+__all__ = ["one_line", "printable", "state_of"]
 
 
 def state_of(
@@ -26,5 +26,9 @@ def state_of(
 
 def one_line(text: str) -> str:
     """Keeps a name or a message, which may hold anything, from ending its line or moving the cursor."""
-    text = " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Shows characters that would move the cursor as their escapes."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -18,10 +18,6 @@ from ._stage import Ending, Run, Stage, expect
 _LONG_ENOUGH = 0.5
 
 
-def _same(values: list[str]) -> list[str]:
-    return sorted(values)
-
-
 def _back(*names: str) -> list[str]:
     return [f"cancel {name}" for name in names]
 
@@ -213,7 +209,7 @@ async def group_exception(stage: Stage) -> None:
     expect_error(run.ending, ExceptionGroup, "the group")
     error: Any = run.ending.error
     expect(
-        _same([type(one).__name__ for one in error.exceptions]), ["Broken", "Refused"], "the failures"
+        sorted([type(one).__name__ for one in error.exceptions]), ["Broken", "Refused"], "the failures"
     )
     single: Any = (await stage(sagas.finishing, book_car="breaks").run()).error
     expect(type(single).__name__, "ExceptionGroup", "the failure of one member")
