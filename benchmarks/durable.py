@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import signal
 import sqlite3
@@ -19,7 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,7 @@ from statistics import median
 from typing import Literal
 
 import anyio
-from report import _middle, _number, _spread, _table
+from report import _middle, _number, _spread, _table, publish
 from run import LOOPS, environment
 
 from pysagas import Parallel, Saga, Step
@@ -527,14 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
                 anyio.run(partial(on_loop, loop, options, folder, results), backend=loop)
                 for runs in (10, 20, 10) if options.quick else (1_000, 10_000, 1_000):
                     results.recoveries.append(measure_recovery(loop, folder, runs))
-    text = to_markdown(results)
-    print(f"\n{text}")
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json:
-        options.json.write_text(
-            json.dumps(asdict(results), indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+    publish(to_markdown(results), results, options)
     return results
 
 

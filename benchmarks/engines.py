@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import os
 import shutil
 import socket
@@ -29,7 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from report import _middle, _spread, _table
+from report import _middle, _spread, _table, publish
 from run import environment
 
 from pysagas import Parallel, Saga, Step
@@ -417,14 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> Results | None:
     said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
     results.environment["server"] = said.split("(")[0].strip()
     anyio.run(partial(on_restate, server, options, results), backend="asyncio")
-    text = to_markdown(results)
-    print(f"\n{text}")
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json:
-        options.json.write_text(
-            json.dumps(asdict(results), indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+    publish(to_markdown(results), results, options)
     return results
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from statistics import median, quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from run import Results, Row
@@ -17,6 +20,17 @@ DOUBTS = """\
   the machine makes the spread wide.
 - The garbage collector runs, as in a program; it is emptied before each measurement.
 """
+
+
+def publish(text: str, results: Any, options: Namespace) -> None:
+    """Prints a report, and writes it, and the results themselves, where the options say."""
+    print(f"\n{text}")
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.json:
+        options.json.write_text(
+            json.dumps(asdict(results), indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def to_markdown(results: Results) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +41,7 @@ from contenders import (
     Work,
     contenders,
 )
-from report import to_markdown
+from report import publish, to_markdown
 
 LOOPS = ("asyncio", "trio")
 OURS = (PysagasData.name, PysagasFunction.name)
@@ -404,14 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
                 anyio.run(partial(on_loop, loop, options, taking_part, results), backend=loop)
     if options.only in "import" and options.backend is None:
         results.rows += measure_import(3 if options.quick else 15)
-    text = to_markdown(results)
-    print(f"\n{text}")
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json:
-        options.json.write_text(
-            json.dumps(asdict(results), indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+    publish(to_markdown(results), results, options)
     return results
 
 
