@@ -88,7 +88,9 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
         elif step.blocking:
             result = await _in_thread(step, step.action, record.args, record.kwargs, _one_thread())
         else:
-            result = await settle(step.action(*record.args, **record.kwargs))
+            result = step.action(*record.args, **record.kwargs)
+            if is_awaitable(result):
+                result = await result
     except BaseException as error:
         record.error = error
         if before is COMPLETED:

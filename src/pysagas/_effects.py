@@ -212,11 +212,11 @@ class _CallNext:
     __slots__ = (
         "_begun",
         "_effect",
-        "_ended",
         "_innermost",
         "_middleware",
         "_running",
         "definition",
+        "ended",
         "step",
     )
 
@@ -235,11 +235,12 @@ class _CallNext:
         self._innermost = innermost
         self._begun = False
         self._running = False
-        self._ended = False
+        # Whether its middleware has.
+        self.ended = False
 
     async def __call__(self) -> object:
         effect = self._effect
-        if self._ended:
+        if self.ended:
             self._refuse("after its middleware had ended")
         if self._running:
             self._refuse("while an earlier call was running; calls go one after the other")
@@ -247,6 +248,8 @@ class _CallNext:
             self._refuse("a second time; only actions and compensations can be repeated")
         self._begun = self._running = True
         try:
+            if not self._middleware:
+                return await self._innermost()
             return await through(self._middleware, effect, self._innermost, self.step, self.definition)
         finally:
             self._running = False
@@ -256,9 +259,6 @@ class _CallNext:
         raise MiddlewareError(
             f"call_next of the effect {effect.kind} {effect.name!r} at {effect.path} was called {how}"
         )
-
-    def end(self) -> None:
-        self._ended = True
 
 
 async def through(
@@ -275,7 +275,7 @@ async def through(
     try:
         return await middleware[0](effect, rest)
     finally:
-        rest.end()
+        rest.ended = True
 
 
 def observer(middleware: Middleware) -> Middleware:

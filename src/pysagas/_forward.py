@@ -186,7 +186,10 @@ async def carry_out_parts(sequence: Sequence, args: tuple[Any, ...], kwargs: dic
             path = (*sequence.path, index)
             entry = new_entry(definition, its_args, its_kwargs, sequence, path)
             append(entry)
-            await carry_out(entry, its_args, its_kwargs, sequence, path)
+            if isinstance(entry, Record):
+                await _carry_out_step(entry, sequence, path)
+            else:
+                await carry_out(entry, its_args, its_kwargs, sequence, path)
     except BaseException as error:
         for last in entries[-1:]:  # none, if a signal came before the first
             note_failure(last, error)

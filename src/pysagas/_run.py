@@ -233,6 +233,8 @@ async def run_through(
         raise
     except BaseException as raised:
         error = raised
+    if error is None and inner is not None and inner.error is None and inner.value is value:
+        return inner
     if inner is None or inner.error is None:
         # Not run, or completed. What a middleware raises then is a failure like any other, and one
         # that returns a value has the last word on it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -205,7 +205,9 @@ class Saga(SagaDefinition[P, T_co]):
         place = f"{self!r}.run_with"
         check_name(place, run_id, what="run_id")
         check_middleware(place, middleware)
-        expected = self.exceptions + exception_types(f"{place}: exceptions", exceptions)
+        expected = self.exceptions
+        if exceptions != ():
+            expected += exception_types(f"{place}: exceptions", exceptions)
         kwargs = {} if kwargs is None else dict(kwargs)
         self.check_call(args, kwargs, "{}.run_with")
         return await self._run(args, kwargs, expected, run_id, carried_on, tuple(middleware))
@@ -220,7 +222,7 @@ class Saga(SagaDefinition[P, T_co]):
         outcome = await self._run(args, kwargs, ())
         return outcome.value
 
-    async def _run(
+    def _run(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -228,13 +230,13 @@ class Saga(SagaDefinition[P, T_co]):
         run_id: str | None = None,
         carried_on: int = 0,
         middleware: tuple[Middleware, ...] = (),
-    ) -> Outcome[T_co]:
+    ) -> Coroutine[Any, Any, Outcome[T_co]]:
         root = Sequence(
             Run(self.name, run_id, carried_on), None, (), self, middleware + self.middleware
         )
         if root.middleware:
-            return await run_through(root, args, kwargs, expected)
-        return await run_plain(root, args, kwargs, expected)
+            return run_through(root, args, kwargs, expected)
+        return run_plain(root, args, kwargs, expected)
 
     def forward(
         self, sequence: Sequence, args: tuple[Any, ...], kwargs: dict[str, Any]
