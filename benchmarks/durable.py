@@ -363,8 +363,8 @@ DOUBTS = """\
   one: the goals are for an fsync of 0.15 ms, and are judged only where the raw limit reaches
   5,000 commits a second. NORMAL does not wait for the disk, neither in the journal nor in the raw limit: it
   shows what is left of both on the fastest of disks.
-- The raw limit counts rows, ours counts steps, each of which is two rows: its start, before it runs,
-  and its result.
+- The raw limit counts rows, ours counts steps, each of which is two events: its start, before it runs,
+  and its result. Those of one run that are in the same commit share a row.
 """
 
 

@@ -25,7 +25,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from pysagas import Commit, Effect, Parallel, Saga, SagaScope, Step, current_effect, saga
-from pysagas.durable import SQLiteJournal
+from pysagas.durable import EventKind, SQLiteJournal
 
 STOCK = 1000
 SECONDS = 50
@@ -118,12 +118,12 @@ class WatchedJournal(SQLiteJournal):
         self._at("run claimed")
         return claim
 
-    def _append(self, key: int, event: Any) -> None:
-        super()._append(key, event)
-        self._at(f"{event.kind.value} submitted")
+    def _append(self, key: int, kind: EventKind, *event: Any) -> None:
+        super()._append(key, kind, *event)
+        self._at(f"{kind.value} submitted")
 
-    async def _flush(self) -> None:
-        await super()._flush()
+    async def _flush(self, key: int) -> None:
+        await super()._flush(key)
         self._at("batch on disk")
 
     async def _end(self, *args: Any) -> None:

@@ -58,14 +58,14 @@ class MortalJournal(MemoryJournal):
             raise Killed
         self.passed += 1
 
-    def _append(self, key: int, event: Event) -> None:
+    def _append(self, key: int, *event: Any) -> None:
         self._pass()
-        super()._append(key, event)
+        super()._append(key, *event)
 
-    async def _flush(self) -> None:
+    async def _flush(self, key: int) -> None:
         self._pass()
         taken = {key: len(run.events) for key, run in self._runs.items()}
-        await super()._flush()
+        await super()._flush(key)
         if self.dead:
             raise Killed
         self._safe |= Counter(taken)

@@ -20,6 +20,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 import pytest
+from histories import make_writable
 
 import pysagas as core
 from pysagas import Parallel, Saga, Step, _cli
@@ -798,6 +799,7 @@ def test_recover_of_a_failure_that_is_on_record(shop, pysagas):
     run_sagas("sagas.db", (shop.order, "piano", "order-1"))
     with closing(sqlite3.connect("sagas.db")) as connection, connection:
         # As it was before the last thing, and the end, were recorded.
+        make_writable(connection)
         connection.execute("DELETE FROM events WHERE kind = 'compensated' AND name = 'reserve'")
         connection.execute("UPDATE runs SET state = 'running', error = NULL, ended = NULL")
     out = pysagas("recover", "--journal", "sagas.db", "--app", "shop:order")

@@ -177,7 +177,7 @@ def test_d5_a_result_comes_back_as_it_was_by_the_return_annotation(value, kind, 
     """Of each sort of function, its return annotation tells what its result is (D5)."""
     returned = return_type(shapes(value, kind)[shape])
 
-    back = CODEC.decode(encode_result(CODEC, value, returned, "here"), returned)
+    back = CODEC.decode(encode_result(CODEC, value, returned, lambda: "here"), returned)
 
     assert same(back, value)
 
@@ -238,7 +238,7 @@ def test_d5_what_an_action_says_that_it_returns(function, expected):
 @pytest.mark.parametrize("value", [1, "x", 2.5, True, None, [1], {"a": {"b": []}}])
 def test_d5_plain_values_need_no_annotation(value):
     """What JSON knows comes back as it was without an annotation (D5)."""
-    data = encode_result(CODEC, value, return_type(unannotated), "here")
+    data = encode_result(CODEC, value, return_type(unannotated), lambda: "here")
 
     assert same(CODEC.decode(data, Any), value)
 
@@ -251,7 +251,7 @@ def test_d5_plain_values_need_no_annotation(value):
 def test_d5_what_cannot_be_encoded_is_not_recordable(value):
     """The message names the value, the place, the cause, and what to give instead (D5)."""
     with pytest.raises(NotRecordable) as caught:
-        encode_result(CODEC, value, Any, "step 'book' of saga 'trip' at (2,)")
+        encode_result(CODEC, value, Any, lambda: "step 'book' of saga 'trip' at (2,)")
 
     cause = caught.value.__cause__
     assert cause is not None
@@ -283,7 +283,7 @@ def test_d5_a_number_that_json_does_not_have_is_not_recordable(value, kind):
     with pytest.raises(
         NotRecordable, match="recorded: it holds NaN or an infinity, and JSON has neith"
     ):
-        encode_result(CODEC, value, kind, "here")
+        encode_result(CODEC, value, kind, lambda: "here")
     with pytest.raises(
         NotRecordable, match="recorded: it holds NaN or an infinity, and JSON has neith"
     ):
@@ -294,8 +294,8 @@ def test_d5_what_only_reads_like_nothing_is_recordable():
     """A null in a value is no number that JSON does not have (D5)."""
     value = Measured(None, 1.5)
 
-    assert CODEC.decode(encode_result(CODEC, value, Measured, "here"), Measured) == value
-    assert encode_result(CODEC, [None, "null", {"a": None}], Any, "here")
+    assert CODEC.decode(encode_result(CODEC, value, Measured, lambda: "here"), Measured) == value
+    assert encode_result(CODEC, [None, "null", {"a": None}], Any, lambda: "here")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_d5_what_only_reads_like_nothing_is_recordable():
 def test_d5_what_would_come_back_as_something_else_is_not_recordable(value, back):
     """Without an annotation, only what JSON knows is what it was (D5)."""
     with pytest.raises(NotRecordable) as caught:
-        encode_result(CODEC, value, Any, "here")
+        encode_result(CODEC, value, Any, lambda: "here")
 
     assert str(caught.value) == (
         f"here gave {value!r}, which would come back as {back!r}; it is annotated with no type: annotate "
@@ -338,7 +338,7 @@ def test_d5_what_would_come_back_as_something_else_is_not_recordable(value, back
 def test_d5_what_a_wrong_annotation_would_change_is_not_recordable(value, kind, back):
     """An annotation that makes something else of the value is named (D5)."""
     with pytest.raises(NotRecordable) as caught:
-        encode_result(CODEC, value, kind, "here")
+        encode_result(CODEC, value, kind, lambda: "here")
 
     assert str(caught.value) == (
         f"here gave {value!r}, which would come back as {back!r}; it is annotated with the type {kind!r}: "
@@ -354,7 +354,7 @@ def test_d5_what_a_wrong_annotation_would_change_is_not_recordable(value, kind, 
 def test_d5_what_a_wrong_annotation_cannot_read_is_not_recordable(value, kind):
     """An annotation by which the value cannot be read is named, with what it said (D5)."""
     with pytest.raises(NotRecordable, match="cannot be read back: ") as caught:
-        encode_result(CODEC, value, kind, "here")
+        encode_result(CODEC, value, kind, lambda: "here")
 
     assert caught.value.__cause__ is None
     assert str(caught.value).startswith(f"here gave {value!r}, which cannot be read back: ")
@@ -380,7 +380,7 @@ class PlainJSON:
 )
 def test_d5_not_a_number_is_recorded_though_it_does_not_equal_itself(codec, value, kind):
     """A NaN that comes back as one is as it was (D5)."""
-    back = codec.decode(encode_result(codec, value, kind, "here"), kind)
+    back = codec.decode(encode_result(codec, value, kind, lambda: "here"), kind)
 
     assert type(back) is kind
     assert back != back
@@ -514,7 +514,7 @@ def test_d5_a_codec_can_be_given_that_knows_more():
 
     def turn(by: complex) -> None: ...
 
-    assert codec.decode(encode_result(codec, 1 + 2j, complex, "here"), complex) == 1 + 2j
+    assert codec.decode(encode_result(codec, 1 + 2j, complex, lambda: "here"), complex) == 1 + 2j
     data = encode_arguments(codec, (1j,), {"by": 2j}, turn, "here")
     assert decode_arguments(codec, data, turn, "here") == ((1j,), {"by": 2j})
 

@@ -701,10 +701,10 @@ async def test_d8_a_result_that_the_journal_does_not_take_stops_the_run(disk, sh
     async with disk.process() as journal:
         append = journal._append
 
-        def full(key: int, event: Any) -> None:
-            if (event.kind, event.name) == (EventKind.DONE, "b"):
+        def full(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
+            if (kind, name) == (EventKind.DONE, "b"):
                 raise JournalError("full")
-            append(key, event)
+            append(key, kind, path, name, data)
 
         journal._append = full
         with pytest.raises(JournalError, match="full"):
@@ -734,10 +734,10 @@ async def test_d8_what_a_recovery_would_carry_on_is_not_taken_back(committed, di
     async with disk.process() as journal:
         append = journal._append
 
-        def full(key: int, event: Any) -> None:
-            if (event.kind, event.name) == (EventKind.STARTED, "c"):
+        def full(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
+            if (kind, name) == (EventKind.STARTED, "c"):
                 raise JournalError("full")
-            append(key, event)
+            append(key, kind, path, name, data)
 
         journal._append = full
         with pytest.raises(JournalError, match="full"):
@@ -759,10 +759,10 @@ async def test_d8_a_rollback_of_what_would_be_carried_on_stops_where_it_is_not_r
     async with disk.process() as journal:
         append = journal._append
 
-        def full(key: int, event: Any) -> None:
-            if (event.kind, event.name) == (EventKind.COMPENSATING, "b"):
+        def full(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
+            if (kind, name) == (EventKind.COMPENSATING, "b"):
                 raise JournalError("full")
-            append(key, event)
+            append(key, kind, path, name, data)
 
         journal._append = full
         with pytest.raises(JournalError, match="full"):
@@ -814,10 +814,10 @@ async def test_d8_a_later_rollback_that_the_journal_does_not_take_is_recovered(d
         outcome = await journal.run(whole, run_id="r")
         append = journal._append
 
-        def full(key: int, event: Any) -> None:
-            if event.kind is EventKind.COMPENSATED:
+        def full(key: int, kind: EventKind, *event: Any) -> None:
+            if kind is EventKind.COMPENSATED:
                 raise JournalError("full")
-            append(key, event)
+            append(key, kind, *event)
 
         journal._append = full
         assert SagaState.COMPENSATED is (await outcome.rollback()).state

@@ -39,6 +39,7 @@ from pysagas.durable import (
     Event,
     EventKind,
     Interrupted,
+    MemoryJournal,
     NotRecordable,
     RecordedError,
     RecoveryReport,
@@ -1193,11 +1194,11 @@ class CancelsAtCommit(MortalJournal):
 
     cancel: Any
 
-    async def _flush(self) -> None:
+    async def _flush(self, key: int) -> None:
         if self.events()[-1].kind is EventKind.COMMITTED:
             cancel, self.cancel = self.cancel, bool
             cancel()
-        await super()._flush()
+        await super()._flush(key)
 
 
 def cancel_while_committing(shop: Shop, cancel: Callable[[], object]) -> None:
@@ -1641,13 +1642,11 @@ def suspended():
 
 def test_d3_a_member_whose_task_is_thrown_away_waits_for_nothing():
     """A coroutine that is closed may not wait: its member leaves no mark (D3)."""
-    appended: list[Event] = []
-
-    class Sink:
-        append = appended.append
-
+    journal = MemoryJournal()
+    appended: list[Any] = []
+    journal._append = lambda *event: appended.append(event)
     middleware = RunMiddleware(
-        Sink(), JSONCodec(), Saga([], name="s"), [], recovering=False, resume=False
+        journal, 1, JSONCodec(), Saga([], name="s"), [], recovering=False, resume=False
     )
     middleware.replay.open_group((0,))
     coroutine = middleware(effect_at("saga", 0, 0), suspended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import socket
@@ -19,10 +20,12 @@ import anyio
 import pytest
 from anyio import create_task_group, fail_after
 from conftest import ASYNCIO
+from histories import make_writable
 from mortal import Boom, Shop
 
-from pysagas import Commit, Saga, SagaScope, SagaState, Step, StepState, saga
+from pysagas import Commit, Parallel, Saga, SagaScope, SagaState, Step, StepState, saga
 from pysagas.durable import (
+    Event,
     EventKind,
     JournalError,
     OtherRun,
@@ -31,7 +34,7 @@ from pysagas.durable import (
     RunInterrupted,
     RunState,
     SQLiteJournal,
-    _sqlite,
+    _locks,
 )
 
 pytestmark = pytest.mark.anyio
@@ -92,8 +95,10 @@ def let_die(path: Path, events: int, token: str = "dead") -> None:  # noqa: S107
         path,
         f"INSERT INTO owners VALUES (77, '{token}', 'here', 1, 0)",
         "UPDATE runs SET state = 'running', owner = 77, ended = NULL, value = NULL, error = NULL",
-        f"DELETE FROM events WHERE seq >= {events}",
     )
+    with closing(sqlite3.connect(path)) as connection, connection:
+        make_writable(connection)
+        connection.execute("DELETE FROM events WHERE seq >= ?", (events,))
 
 
 @asynccontextmanager
@@ -185,19 +190,116 @@ async def test_the_file_has_three_tables_and_says_that_it_is_a_journal(path):
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' ORDER BY name",
     )
     assert {table: read(path, f"{columns}('{table}')") for table in tables} == {
-        "events": ["run seq kind path name data at"],
         "owners": ["id token host pid started"],
+        "records": ["run seq events"],
         "runs": ["id run_id saga version args state owner started ended value error"],
     }
-    assert read(path, "PRAGMA user_version") == [1]
+    assert read(path, f"{columns}('events')") == ["run seq kind path name data at"]
+    assert read(path, "PRAGMA user_version") == [2]
     assert read(path, "PRAGMA application_id") == [0x70736A31]
     assert read(path, "SELECT seq, kind, path, name, data FROM events WHERE seq < 2") == [
-        (0, "started", "0", "a", b""),
-        (1, "done", "0", "a", b'"result of a"'),
+        (0, "started", "0", "a", ""),
+        (1, "done", "0", "a", '"result of a"'),
     ]
     assert read(path, "SELECT run_id, saga, version, args, state, owner, value, error FROM runs") == [
         ("r", "s", None, b"[[],{}]", "completed", None, b"null", None)
     ]
+
+
+FORMAT_1 = """
+CREATE TABLE owners (id INTEGER PRIMARY KEY, token TEXT, host TEXT, pid INTEGER, started REAL);
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, saga TEXT NOT NULL, version TEXT,
+    args BLOB NOT NULL, state TEXT NOT NULL, owner INTEGER, started REAL NOT NULL, ended REAL, value BLOB,
+    error TEXT
+);
+CREATE INDEX runs_by_state ON runs (state);
+CREATE TABLE events (
+    run INTEGER NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, path TEXT NOT NULL, name TEXT NOT NULL,
+    data BLOB NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, seq)
+) WITHOUT ROWID;
+PRAGMA application_id = 0x70736A31;
+PRAGMA user_version = 1;
+INSERT INTO runs (run_id, saga, args, state, started) VALUES ('r', 's', '[[],{}]', 'running', 1.5);
+INSERT INTO events VALUES
+    (1, 0, 'started', '0', 'a', x'', 2.5),
+    (1, 1, 'done', '0', 'a', CAST('"result of ä"' AS BLOB), 3.5),
+    (1, 2, 'started', '1', 'b', x'', 4.5),
+    (1, 3, 'interrupted', '', 's', x'ff00', 4.5);
+"""
+
+
+async def test_a_file_of_an_older_format_becomes_one_of_this(path):
+    """A journal with an event in each row is taken over when it is opened, with what is unfinished in it."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(FORMAT_1)
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        events = await journal.history("r")
+        report = await journal.recover([abc(shop)])
+    async with SQLiteJournal(path):  # a second time there is nothing to do
+        pass
+
+    assert events == [
+        Event(EventKind.STARTED, (0,), "a", b"", 2.5),
+        Event(EventKind.DONE, (0,), "a", '"result of ä"'.encode(), 3.5),
+        Event(EventKind.STARTED, (1,), "b", b"", 4.5),
+        Event(EventKind.INTERRUPTED, (), "s", b"\xff\x00", 4.5),
+    ]
+    assert [one.state for one in report.recovered] == [RunState.COMPENSATED]
+    assert shop.log == ["-b", "-a"]
+    new = path.with_name("new.db")
+    async with SQLiteJournal(new):
+        pass
+    schema = (
+        "SELECT sql FROM sqlite_master WHERE name IN ('events', 'records', 'unfinished') ORDER BY 1"
+    )
+    assert read(path, schema) == read(new, schema)
+    assert read(path, "PRAGMA user_version") == [2]
+
+
+class Bytes:
+    """A codec whose bytes are no text."""
+
+    def encode(self, value: object) -> bytes:
+        return b"\xff" + repr(value).encode()
+
+    def decode(self, data: bytes, kind: Any) -> Any:
+        return ast.literal_eval(data[1:].decode())
+
+
+async def test_what_a_codec_writes_need_be_no_text(path):
+    """Results in bytes that are no UTF-8 are kept, and come back (D5)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path, codec=Bytes()) as journal:
+        await journal.run(whole, run_id="r")
+    let_die(path, 3)
+    async with SQLiteJournal(path, codec=Bytes()) as journal:
+        await journal.recover([whole], on_crash="resume")
+        data = [event.data for event in await journal.history("r") if event.kind is EventKind.DONE]
+
+    assert data == [b"\xff'result of %c'" % letter for letter in b"abc"]
+
+
+async def test_the_history_can_be_read_by_any_tool_for_sqlite(path):
+    """The view has a row for each event, with its place in dots, whatever record it is in."""
+    inner = Saga([Step(lambda: None, name="a"), Step(lambda: 1, name="b")], name="inner")
+    async with SQLiteJournal(path) as journal:
+        await journal.run(Saga([Parallel(inner, name="group")], name="s"), run_id="r")
+        (ended,) = await journal.runs()
+
+    assert read(path, "SELECT seq, kind, path, name, data FROM events") == [
+        (0, "started", "0.0.0", "a", ""),
+        (1, "done", "0.0.0", "a", "null"),
+        (2, "started", "0.0.1", "b", ""),
+        (3, "done", "0.0.1", "b", "1"),
+        (4, "joined", "0.0", "inner", ""),
+        (5, "joined", "0", "group", ""),
+    ]
+    assert read(path, "SELECT count(*) FROM records") == [3]
+    times = read(path, "SELECT at FROM events")
+    assert ended.started <= min(times) <= max(times) <= ended.ended
 
 
 # --- when it is on disk ---------------------------------------------------------------------------
@@ -293,7 +395,7 @@ async def test_d6_a_run_is_free_when_the_lock_of_its_owner_is(path):
             assert (one.state, shop.there) == (RunState.COMPENSATED, set())
             # Whoever died does nothing more.
             write(
-                path, "CREATE TRIGGER t BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'dead'); END"
+                path, "CREATE TRIGGER t BEFORE INSERT ON records BEGIN SELECT RAISE(ABORT, 'dead'); END"
             )
         assert owner_files(path) == [other._lock_path(other._token)]
 
@@ -521,7 +623,7 @@ async def test_d6_prune_removes_files_of_processes_that_died_while_they_opened(p
     (path.parent / "sagas.db-owner-folder").mkdir()
     opening = path.parent / "sagas.db-owner-opening"
     async with SQLiteJournal(path) as journal, SQLiteJournal(path) as other:
-        with closing(_sqlite._take_lock(opening)):
+        with closing(_locks.take_lock(opening)):
             assert await journal.prune(before=0) == 0
         names = {file.name.removeprefix("sagas.db-") for file in path.parent.iterdir()}
         owners = {f"owner-{one._token}" for one in (journal, other)}
@@ -595,7 +697,7 @@ async def test_d6_an_owner_of_whom_nobody_can_tell_counts_as_alive(make, path):
 async def opened_between(path: Path, monkeypatch: Any, moment: str, come: Any) -> list[str]:
     """Opens the journal while somebody comes when its lock's file was just made, or locked."""
     seen: list[str] = []
-    before = getattr(_sqlite, moment)
+    before = getattr(_locks, moment)
 
     def step(file: Path) -> Any:
         result = before(file)
@@ -605,15 +707,15 @@ async def opened_between(path: Path, monkeypatch: Any, moment: str, come: Any) -
                 come(file)
         return result
 
-    monkeypatch.setattr(_sqlite, moment, step)
+    monkeypatch.setattr(_locks, moment, step)
     async with SQLiteJournal(path) as journal:
         mine = journal._lock_path(journal._token)
         assert mine.name == seen[-1]
-        assert _sqlite._is_locked(mine)
+        assert _locks.is_locked(mine)
     return seen
 
 
-@pytest.mark.parametrize("moment", ["_make_file", "_locked"])
+@pytest.mark.parametrize("moment", ["make_file", "_locked"])
 async def test_d6_an_owner_whose_file_was_removed_takes_another(moment, path, monkeypatch):
     """Cleaned up before it is locked, or before it is known to be, a file is no lock of anybody (D6)."""
     seen = await opened_between(path, monkeypatch, moment, Path.unlink)
@@ -626,7 +728,7 @@ async def test_d6_an_owner_whose_file_is_locked_by_others_takes_another(path, mo
     """Who cleans up holds the lock while he does; the file is his (D6)."""
     locks = []
     seen = await opened_between(
-        path, monkeypatch, "_make_file", lambda file: locks.append(_sqlite._locked(file))
+        path, monkeypatch, "make_file", lambda file: locks.append(_locks._locked(file))
     )
     locks.pop().close()
 
@@ -642,7 +744,7 @@ async def test_d8_a_lock_that_cannot_be_opened_opens_no_journal(path, monkeypatc
         file.mkdir()
 
     with pytest.raises(JournalError, match=r"sagas\.db cannot be opened: unable to open database file"):
-        await opened_between(path, monkeypatch, "_make_file", to_folder)
+        await opened_between(path, monkeypatch, "make_file", to_folder)
 
 
 # --- tried again ----------------------------------------------------------------------------------
@@ -980,8 +1082,8 @@ async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
     await journal.__aenter__()
     flush = journal._flush
 
-    async def closing_after() -> None:
-        await flush()
+    async def closing_after(key: int) -> None:
+        await flush(key)
         if ("committed", "commit") in kinds(path):
             await journal.__aexit__(None, None, None)
 
@@ -1047,10 +1149,10 @@ async def test_d8_a_result_that_was_lost_stops_the_run(path):
         async with SQLiteJournal(path, busy_timeout=0) as journal:
             append = journal._append
 
-            def append_and_lock(key: int, event: Any) -> None:
-                if event.kind is EventKind.DONE:
+            def append_and_lock(key: int, kind: EventKind, *event: Any) -> None:
+                if kind is EventKind.DONE:
                     somebody.execute("BEGIN IMMEDIATE")
-                append(key, event)
+                append(key, kind, *event)
 
             journal._append = append_and_lock
 
@@ -1058,7 +1160,7 @@ async def test_d8_a_result_that_was_lost_stops_the_run(path):
             async def whole(scope: SagaScope) -> None:
                 await scope.step(shop.step("a"))
                 with pytest.raises(JournalError, match="database is locked"):
-                    await journal._flush()
+                    await journal._flush(1)
                 somebody.execute("ROLLBACK")
                 await scope.step(shop.step("b"))
 
@@ -1169,7 +1271,7 @@ def of_something_else(path: Path) -> None:
 
 def of_a_newer_release(path: Path) -> None:
     anyio.run(opened_once, path)
-    write(path, "PRAGMA user_version = 2")
+    write(path, "PRAGMA user_version = 3")
 
 
 def cut_short(path: Path) -> None:
@@ -1195,7 +1297,7 @@ BAD_FILES = {
     no_directory: "cannot be opened: .*No such file or directory",
     a_text: "cannot be opened: file is not a database",
     of_something_else: "is the database of something else, and no journal; it was left as it is",
-    of_a_newer_release: "has format 2, of a newer release of pysagas; .* knows formats up to 1: upgrade it",
+    of_a_newer_release: "has format 3, of a newer release of pysagas; .* knows formats up to 2: upgrade it",
     cut_short: "cannot be opened: database disk image is malformed",
     with_a_broken_page: "cannot be opened: database disk image is malformed",
     without_its_tables: "cannot be opened: no such table: owners",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
@@ -20,8 +21,7 @@ from pysagas.durable._writer import Writer
 pytestmark = pytest.mark.anyio
 
 ENOUGH = 30  # seconds, within which what hangs is found to hang
-TABLE = """CREATE TABLE IF NOT EXISTS events
-    (run, seq, kind, path, name, data, at, PRIMARY KEY (run, seq))"""
+TABLE = "CREATE TABLE IF NOT EXISTS records (run, seq, events, PRIMARY KEY (run, seq))"
 
 
 class Disk:
@@ -47,7 +47,7 @@ class Disk:
         self.closed += 1
 
     def writer(self) -> Writer:
-        writer = Writer(self.connect, self.close, "journal here")
+        writer = Writer(self.connect, self.close, encode, "journal here")
         in_loop = writer._in_loop
 
         def count(wake: Any) -> None:
@@ -62,7 +62,14 @@ class Disk:
 
     def numbers(self) -> list[int]:
         with closing(sqlite3.connect(self.path)) as connection:
-            return [seq for (seq,) in connection.execute("SELECT seq FROM events ORDER BY rowid")]
+            records = connection.execute("SELECT seq, events FROM records ORDER BY rowid")
+            return [seq + index for seq, events in records for index in range(len(json.loads(events)))]
+
+    def records(self) -> int:
+        """How many rows there are."""
+        with closing(sqlite3.connect(self.path)) as connection:
+            (number,) = connection.execute("SELECT count(*) FROM records").fetchone()
+        return number
 
 
 @pytest.fixture
@@ -105,21 +112,26 @@ async def busy(writer: Writer) -> AsyncIterator[None]:
 REMEDY = "when that is mended, recover() goes on from what it holds"
 
 
-def row(number: int, run: int = 1) -> Any:
-    return (run, number, "started", "0", "a", b"", 0.0)
+EVENT: Any = ("started", (0,), "a", 0.0)
 
 
-async def submit(writer: Writer, number: int, errors: list[JournalError] | None = None) -> None:
-    writer.append(row(number))
+def encode(events: list[Any]) -> str:
+    return json.dumps(events)
+
+
+async def submit(
+    writer: Writer, number: int, errors: list[JournalError] | None = None, run: int = 1
+) -> None:
+    writer.append(run, number, EVENT)
     try:
-        await writer.flush()
+        await writer.flush(run)
     except JournalError as error:
         assert errors is not None
         errors.append(error)
 
 
 def insert(connection: sqlite3.Connection, number: int) -> int:
-    connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", row(number))
+    connection.execute("INSERT INTO records VALUES (1, ?, ?)", (number, encode([EVENT])))
     return number
 
 
@@ -132,8 +144,8 @@ async def test_d7_what_comes_while_a_batch_is_written_is_the_next_batch(disk):
         async with create_task_group() as tasks:
             async with busy(writer):
                 for number in range(50):
-                    writer.append(row(number))
-                    tasks.start_soon(writer.flush)
+                    writer.append(1, number, EVENT)
+                    tasks.start_soon(writer.flush, 1)
                 await wait_all_tasks_blocked()
                 assert disk.numbers() == []
 
@@ -172,13 +184,13 @@ async def test_d7_one_after_the_other_each_waits_for_its_own_commit(disk):
 async def test_d7_a_flush_with_nothing_to_write_returns_at_once(disk):
     """Where nothing was taken since, a flush waits for nothing, and nothing is committed (D7)."""
     writer = disk.writer()
-    await writer.flush()  # it does not even run
+    await writer.flush(1)  # it does not even run
     async with running(disk) as writer:
-        await writer.flush()
+        await writer.flush(1)
         await submit(writer, 0)
         commits = disk.commits()
         for _ in range(3):
-            await writer.flush()
+            await writer.flush(1)
 
         assert disk.commits() == commits == 1
 
@@ -190,7 +202,7 @@ async def test_d7_a_cancelled_flush_leaves_its_rows_to_be_written(disk):
             tasks.start_soon(submit, writer, 0)
             await wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
-        await writer.flush()
+        await writer.flush(1)
 
         assert disk.numbers() == [0]
 
@@ -200,11 +212,11 @@ async def test_a_job_comes_after_the_rows_that_were_taken_before_it(disk):
 
     def count(connection: sqlite3.Connection) -> Any:
         assert connection.in_transaction
-        return connection.execute("SELECT count(*) FROM events").fetchone()
+        return connection.execute("SELECT sum(json_array_length(events)) FROM records").fetchone()
 
     async with running(disk) as writer:
-        writer.append(row(0))
-        writer.append(row(1))
+        writer.append(1, 0, EVENT)
+        writer.append(1, 1, EVENT)
         assert await writer.call(count) == (2,)
         assert await writer.call(partial(insert, number=2)) == 2
         assert disk.numbers() == [0, 1, 2]
@@ -219,29 +231,55 @@ async def test_all_work_is_done_on_one_thread(disk):
     assert disk.closed == 1
 
 
+async def test_d7_what_a_batch_has_of_a_run_is_one_record(disk):
+    """A run that does many things at once costs one row a commit, and its events keep their order (D7)."""
+    async with running(disk) as writer:
+        async with busy(writer):
+            for number in range(4):
+                writer.append(1, number, EVENT)
+                writer.append(2, number + 10, EVENT)
+        await writer.flush(1)
+        await submit(writer, 4)
+
+        assert disk.numbers() == [0, 1, 2, 3, 10, 11, 12, 13, 4]
+        assert disk.records() == 3
+
+
+@pytest.mark.parametrize("runs", [1, 3, 4, 63, 64, 150])
+async def test_d7_however_many_runs_a_batch_has_all_are_written(disk, runs):
+    """Rows are put several by one statement, in blocks; none is left out, and none put twice (D7)."""
+    async with running(disk) as writer:
+        async with busy(writer):
+            for run in range(runs):
+                writer.append(run, run, EVENT)
+        await writer.flush(0)
+
+        assert disk.numbers() == list(range(runs))
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
 async def test_d7_a_batch_that_fails_is_not_written_at_all(disk):
-    """One row that cannot be written leaves out its whole batch, and all who wait are told (D7, D8)."""
+    """One record that cannot be written leaves out its whole batch, and all who wait are told (D7, D8)."""
     errors: list[JournalError] = []
     async with running(disk) as writer:
         await submit(writer, 2)
         async with create_task_group() as tasks:
             async with busy(writer):
-                for number in range(5):  # the third is there already
-                    tasks.start_soon(submit, writer, number, errors)
+                for run in (1, 2, 3, 4, 5):  # that of the first is there already
+                    tasks.start_soon(submit, writer, 2, errors, run)
                 await wait_all_tasks_blocked()
         assert disk.numbers() == [2]
         assert len(errors) == 5
         # Whoever asks again is told again, until something else was taken.
         with pytest.raises(JournalError) as caught:
-            await writer.flush()
+            await writer.flush(1)
         writer.forget(1)
         await submit(writer, 3)
 
         assert disk.numbers() == [2, 3]
-    reason = "UNIQUE constraint failed: events.run, events.seq"
+    reason = "UNIQUE constraint failed: records.run, records.seq"
     assert {str(error) for error in errors} == {f"journal here cannot be written: {reason}; {REMEDY}"}
     assert str(caught.value) == str(errors[0])
     assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
@@ -278,7 +316,7 @@ async def test_d7_a_job_that_raises_leaves_the_work_of_the_others(disk):
 async def test_d8_a_job_to_which_the_database_says_no_fails_its_batch(disk):
     """A database that fails in a function fails the batch, for nobody knows what is left of it (D8)."""
     async with running(disk) as writer:
-        writer.append(row(0))
+        writer.append(1, 0, EVENT)
         with pytest.raises(
             JournalError, match="journal here cannot be written: no such table: missing"
         ):
@@ -289,10 +327,10 @@ async def test_d8_a_job_to_which_the_database_says_no_fails_its_batch(disk):
 
 async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_again(disk):
     """Where SQLite has ended the transaction itself, the reason is told, and the next batch works (D8)."""
-    again = "INSERT OR ROLLBACK INTO events SELECT * FROM events"
+    again = "INSERT OR ROLLBACK INTO records SELECT * FROM records"
     async with running(disk) as writer:
         await submit(writer, 0)
-        writer.append(row(1))
+        writer.append(1, 1, EVENT)
         with pytest.raises(JournalError, match="cannot be written: UNIQUE constraint failed"):
             await writer.call(lambda connection: connection.execute(again))
         assert "ROLLBACK" not in disk.statements
@@ -323,15 +361,15 @@ async def test_d8_after_a_gap_nothing_of_that_run_is_written(disk):
     async with running(disk) as writer:
         with closing(sqlite3.connect(disk.path, isolation_level=None)) as somebody:
             somebody.execute("BEGIN IMMEDIATE")
-            writer.append(row(0))
+            writer.append(1, 0, EVENT)
             with pytest.raises(JournalError, match="database is locked"):
-                await writer.flush()
+                await writer.flush(1)
             somebody.execute("ROLLBACK")
-        for refused in (writer.check, lambda run: writer.append(row(1, run))):
+        for refused in (writer.check, lambda run: writer.append(run, 1, EVENT)):
             with pytest.raises(JournalError, match="database is locked; when that is mended"):
                 refused(1)
-        writer.append(row(7, run=2))
-        await writer.flush()
+        writer.append(2, 7, EVENT)
+        await writer.flush(2)
         writer.check(2)
 
         assert disk.numbers() == [7]
@@ -348,21 +386,43 @@ async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk
             raise sqlite3.OperationalError("disk I/O error")
 
         async def failing() -> None:
-            writer.append(row(0))
+            writer.append(1, 0, EVENT)
             with pytest.raises(JournalError, match="disk I/O error"):
                 await writer.call(fail)
 
         async with create_task_group() as tasks:
             tasks.start_soon(failing)
             await anyio.to_thread.run_sync(began.wait)
-            writer.append(row(1))
-            writer.append(row(7, run=2))
+            writer.append(1, 1, EVENT)
+            writer.append(2, 7, EVENT)
             go.set()
-            await writer.flush()
+            await writer.flush(2)
         with pytest.raises(JournalError):
-            writer.check(1)
+            await writer.flush(1)  # its batch was written, without what came after the gap
 
         assert disk.numbers() == [7]
+
+
+async def test_d8_events_that_cannot_be_written_down_are_a_gap_in_their_run_alone(disk):
+    """A name that is no text stops its own run; what others have in the same batch is written (D8)."""
+    bad: Any = ("started", (0,), "\ud800", 0.0)
+    writer = disk.writer()
+    writer._encode = lambda events: ",".join(name for _, _, name, _ in events).encode().decode()
+    await writer.start()
+    async with busy(writer):
+        writer.append(1, 0, bad)
+        writer.append(2, 7, EVENT)
+    await writer.flush(2)
+    with pytest.raises(
+        JournalError, match="journal here cannot be written: 'utf-8' codec can't encode"
+    ):
+        await writer.flush(1)
+    with pytest.raises(JournalError, match="surrogates not allowed; when that is mended"):
+        writer.append(1, 1, EVENT)
+    await writer.stop()
+
+    with closing(sqlite3.connect(disk.path)) as connection:
+        assert connection.execute("SELECT run, seq, events FROM records").fetchall() == [(2, 7, "a")]
 
 
 async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):
@@ -391,7 +451,7 @@ async def test_stop_writes_what_is_left(disk):
     async with create_task_group() as tasks:
         async with busy(writer):
             for number in range(3):
-                writer.append(row(number))
+                writer.append(1, number, EVENT)
             tasks.start_soon(writer.stop)
             await wait_all_tasks_blocked()
             assert disk.closed == 0
@@ -406,7 +466,7 @@ async def test_stop_is_not_cut_off(disk):
     await writer.start()
     with anyio.CancelScope() as scope:
         scope.cancel()
-        writer.append(row(0))
+        writer.append(1, 0, EVENT)
         await writer.stop()
 
     assert (disk.numbers(), disk.closed) == ([0], 1)
@@ -418,7 +478,7 @@ async def test_nothing_is_called_after_the_end(disk):
         await submit(writer, 0)
     with pytest.raises(JournalError, match="^journal here is closed$"):
         await writer.call(partial(insert, number=1))
-    await writer.flush()  # what was taken is on disk
+    await writer.flush(1)  # what was taken is on disk
 
     assert disk.numbers() == [0]
 
@@ -438,7 +498,7 @@ def test_what_is_left_is_written_when_its_event_loop_is_gone(disk, backend):
         async with create_task_group() as tasks:
             tasks.start_soon(writer.call, work)
             await anyio.to_thread.run_sync(began.wait)
-            writer.append(row(0))
+            writer.append(1, 0, EVENT)
             tasks.cancel_scope.cancel()
         return writer
 

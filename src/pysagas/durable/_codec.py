@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+# What the arguments of a run are written as; made once, since a journal asks for it with each run.
+_CALL = tuple[list[Any], dict[str, Any]]
 
 
 class Codec(Protocol):
@@ -63,6 +65,10 @@ class Codec(Protocol):
 class JSONCodec:
     """JSON, by msgspec: plain values, dataclasses, enums, datetimes, Decimals, UUIDs, structs."""
 
+    # Types whose values come back as they were, if they can be written at all; a codec of the user's own
+    # need not say so of any.
+    plain = (str, int, bool, type(None))
+
     def __init__(self) -> None:
         """Makes one.
 
@@ -88,7 +94,7 @@ class JSONCodec:
         """
         data = self._encode(value)
         # msgspec writes null for them, which reads as if nothing had been there.
-        if b"null" in data and _holds_no_number(self._to_builtins(value)):
+        if value is not None and b"null" in data and _holds_no_number(self._to_builtins(value)):
             raise ValueError("it holds NaN or an infinity, and JSON has neither")
         return data
 
@@ -145,7 +151,10 @@ def _return_type(function: Any) -> Any:
 
 def return_type(function: Callable[..., Any]) -> Any:
     """Gives the type that a function says it returns; Any where it does not say."""
-    return _once_for_each(_return_type, function)
+    try:
+        return _return_type(function)
+    except TypeError:  # it cannot be hashed, so it is asked each time
+        return _return_type.__wrapped__(function)
 
 
 # The same one for the same saga, so that its annotations are read once.
@@ -165,18 +174,17 @@ def function_of(part: Any) -> Callable[..., Any] | None:
     return None
 
 
-def _once_for_each(cached: Any, function: Any) -> Any:
-    try:
-        return cached(function)
-    except TypeError:  # it cannot be hashed, so it is asked each time
-        return cached.__wrapped__(function)
-
-
 # --- values -------------------------------------------------------------------------------------
 
 
-def encode_result(codec: Codec, value: object, kind: Any, place: str) -> bytes:
+def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], str]) -> bytes:
     """Gives the bytes of a value that will come back equal.
+
+    Args:
+        codec: By which they are written.
+        value: The value.
+        kind: The type by which they will be read.
+        place: Says for the message what gave the value; most values need none.
 
     Raises:
         NotRecordable: They would not.
@@ -185,9 +193,11 @@ def encode_result(codec: Codec, value: object, kind: Any, place: str) -> bytes:
         data = codec.encode(value)
     except Exception as error:
         raise NotRecordable(
-            f"{place} gave {value!r}, which cannot be recorded: {error}; return plain values, "
+            f"{place()} gave {value!r}, which cannot be recorded: {error}; return plain values, "
             "dataclasses or msgspec structs, or give the journal a codec"
         ) from error
+    if _is_plain(codec, value, kind):
+        return data
     try:
         back = codec.decode(data, kind)
         same = type(back) is type(value) and bool(back == value or value != value)  # noqa: PLR0124 - NaN
@@ -197,10 +207,16 @@ def encode_result(codec: Codec, value: object, kind: Any, place: str) -> bytes:
     if not same:
         shown = "no type" if kind is Any else f"the type {kind!r}"
         raise NotRecordable(
-            f"{place} gave {value!r}, which {problem}; it is annotated with {shown}: annotate it with "
+            f"{place()} gave {value!r}, which {problem}; it is annotated with {shown}: annotate it with "
             "the type that it has"
         )
     return data
+
+
+def _is_plain(codec: Codec, value: object, kind: Any) -> bool:
+    """Tells whether a value comes back as it is, which then need not be tried."""
+    its = type(value)
+    return (kind is its or kind is Any) and its in getattr(codec, "plain", ())
 
 
 def encode_arguments(
@@ -218,6 +234,9 @@ def encode_arguments(
             f"{place}: its arguments cannot be recorded: {error}; give plain values, dataclasses or "
             "msgspec structs, or give the journal a codec"
         ) from error
+    types = _parameter_types_of(function).by_position()
+    if not kwargs and all(_is_plain(codec, value, kind) for value, kind in zip(args, types)):  # noqa: B905
+        return data
     back = decode_arguments(codec, data, function, place)
     if not _are_same((args, kwargs), back):
         raise NotRecordable(
@@ -241,12 +260,11 @@ def decode_arguments(
     Raises:
         NotRecordable: They cannot be read as what they are annotated with.
     """
-    positional, named = codec.decode(data, tuple[list[Any], dict[str, Any]])
-    types: _ParameterTypes = _once_for_each(_parameter_types, function)
-    by_position = chain(types.positional, repeat(types.rest))
+    positional, named = codec.decode(data, _CALL)
+    types = _parameter_types_of(function)
     try:
         return (
-            tuple(_typed(codec, value, kind) for value, kind in zip(positional, by_position)),  # noqa: B905
+            tuple(_typed(codec, value, kind) for value, kind in zip(positional, types.by_position())),  # noqa: B905
             {
                 name: _typed(codec, value, types.named.get(name, types.rest_named))
                 for name, value in named.items()
@@ -285,6 +303,10 @@ class _ParameterTypes(NamedTuple):
     named: Mapping[str, Any]
     rest_named: Any
 
+    def by_position(self) -> Iterable[Any]:
+        """Gives the types of arguments by position, without an end."""
+        return chain(self.positional, repeat(self.rest))
+
 
 @lru_cache(maxsize=10_000)
 def _parameter_types(function: Any) -> _ParameterTypes:
@@ -310,6 +332,13 @@ def _parameter_types(function: Any) -> _ParameterTypes:
     return _ParameterTypes(tuple(positional), rest, named, rest_named)
 
 
+def _parameter_types_of(function: Any) -> _ParameterTypes:
+    try:
+        return _parameter_types(function)
+    except TypeError:  # it cannot be hashed, so it is asked each time
+        return _parameter_types.__wrapped__(function)
+
+
 def _parameters(function: Any) -> Iterable[inspect.Parameter]:
     try:
         return () if function is None else inspect.signature(function).parameters.values()
@@ -318,7 +347,7 @@ def _parameters(function: Any) -> Iterable[inspect.Parameter]:
 
 
 def _typed(codec: Codec, value: object, kind: Any) -> Any:
-    return value if kind is Any else codec.decode(codec.encode(value), kind)
+    return value if kind is Any or type(value) is kind else codec.decode(codec.encode(value), kind)
 
 
 def as_text(data: bytes) -> str:

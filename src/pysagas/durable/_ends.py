@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any, NamedTuple
 
 from pysagas import Effect, StepInHand, StepState
@@ -45,6 +46,8 @@ def undo_is_lost(effect: Effect) -> NotRecordable:
 class Ends:
     """Writes how the actions of one saga's run end, and reads that again."""
 
+    __slots__ = ("_codec", "_saga")
+
     def __init__(self, codec: Codec, saga: str) -> None:
         """Makes one.
 
@@ -67,8 +70,10 @@ class Ends:
         try:
             data, typed = self._encode(effect, step, answer), True
         except NotRecordable:
-            place = f"what was answered for step {effect.name!r} of saga {self._saga!r}"
-            data, typed = encode_result(self._codec, answer, Any, place), False
+            data, typed = (
+                encode_result(self._codec, answer, Any, partial(self._answered, effect)),
+                False,
+            )
         answered = {
             "state": step.state.value,
             "result": self._encode_result(effect, step),
@@ -120,8 +125,14 @@ class Ends:
             return None
 
     def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
-        place = f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
+        place = partial(self._place, effect)
         return encode_result(self._codec, result, return_type(step.action), place)
+
+    def _place(self, effect: Effect) -> str:
+        return f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"
+
+    def _answered(self, effect: Effect) -> str:
+        return f"what was answered for step {effect.name!r} of saga {self._saga!r}"
 
     def _decode(self, data: bytes, kind: Any, effect: Effect) -> Any:
         try:

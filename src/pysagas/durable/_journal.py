@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
@@ -41,7 +41,7 @@ from ._errors import (
 )
 from ._events import FROM_COMMIT, Event, EventKind, RunInfo, RunState
 from ._middleware import RunMiddleware
-from ._recalled import Recorded, compensated, exception_types, leaves, recalled, taken_back
+from ._recalled import Reported, compensated, exception_types, leaves, recalled, taken_back
 from ._storage import Claim, Ending, RunGone, Storage, Stored
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
@@ -97,21 +97,6 @@ class RecoveryReport:
     def ok(self) -> bool:
         """Whether nothing is left to do for anybody."""
         return not (self.failed or self.left)
-
-
-class _Recorder:
-    """Where the events of one run go."""
-
-    def __init__(self, journal: Journal, key: int) -> None:
-        self._journal = journal
-        self._key = key
-
-    def append(self, event: Event) -> None:
-        self._journal._append(self._key, event)
-
-    async def flush(self) -> None:
-        await self._journal._flush()
-        self._journal._check_whole(self._key)
 
 
 class Journal(Storage):
@@ -357,15 +342,8 @@ class Journal(Storage):
     def _hold(self, run_id: str) -> _Hold:
         return _Hold(self, run_id)
 
-    @asynccontextmanager
-    async def _released_if_it_fails(self, key: int) -> AsyncGenerator[None]:
-        """Lets a run go that has been taken into hand, if it cannot be gone on with."""
-        try:
-            yield
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._release(key)
-            raise
+    def _released_if_it_fails(self, key: int) -> _Release:
+        return _Release(self, key)
 
     def _arguments(self, stored: Stored, saga: AnySaga) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the arguments of a recorded run.
@@ -457,8 +435,7 @@ class Journal(Storage):
         """Opens a failed run, and goes on with what holds of it when it is tried again from there."""
         async with self._released_if_it_fails(claim.key):
             await self._reopen(claim.key, RunState.FAILED)
-            retry = Event(EventKind.RETRY, (), saga.name, place, time.time())
-            self._append(claim.key, retry)
+            self._append(claim.key, EventKind.RETRY, (), saga.name, place)
             events = await self._load(claim.key)
         return await self._go(claim, run_id, saga, call, events, exceptions, "rollback")
 
@@ -475,7 +452,8 @@ class Journal(Storage):
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
         async with self._released_if_it_fails(claim.key):
             middleware = RunMiddleware(
-                _Recorder(self, claim.key),
+                self,
+                claim.key,
                 self._codec,
                 saga,
                 events,
@@ -507,10 +485,7 @@ class Journal(Storage):
         if outcome.state is not SagaState.COMPLETED:
             return outcome
         later = partial(self._taken_back_later, claim.key, run_id, middleware, outcome)
-        run = Recorded(
-            saga.name, run_id, lambda: outcome.steps, lambda: outcome.tree, lambda: outcome.times
-        )
-        return Outcome(run, outcome.state, outcome.value, None, later)
+        return Outcome(Reported(outcome), outcome.state, outcome.value, None, later)
 
     async def _leave_as_it_was(self, claim: Claim, reason: BaseException) -> None:
         """Lets go of a run that is given up: for a recovery, or as the failed one that it was."""
@@ -604,8 +579,7 @@ class Journal(Storage):
                 await self._end(claim.key, Ending(STATES[later.state], b"", None))
         if late is not None:
             raise late
-        run = Recorded(saga.name, run_id, lambda: later.steps, lambda: later.tree, lambda: later.times)
-        return Outcome(run, later.state, cast("T", None), None)
+        return Outcome(Reported(later), later.state, cast("T", None), None)
 
     async def _ended(
         self,
@@ -614,11 +588,9 @@ class Journal(Storage):
         outcome: Outcome[Any] | None,
         error: BaseException | None,
     ) -> None:
-        # Of a run that a recovery would carry on nothing has been taken back: see the middleware.
-        interruption = None if middleware.goes_on else middleware.interruption()
         if outcome is None or middleware.broken is not None:
             # What is on disk is less than what happened: recovery in the next process ends it.
-            await self._release(claim.key, interruption)
+            await self._release(claim.key, _interruption(middleware))
             return
         value = middleware.value if error is None else b""
         recorded = None if error is None else encode_error(error)
@@ -627,6 +599,7 @@ class Journal(Storage):
                 await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
             except JournalError as failure:
                 middleware.broken = failure
+                interruption = _interruption(middleware)
                 try:
                     if error is None and interruption is not None:
                         await outcome.rollback()
@@ -656,6 +629,24 @@ class _Hold:
             self._journal._let_go()
 
 
+class _Release:
+    """Lets a run go that has been taken into hand, if a block finds that it cannot be gone on with."""
+
+    __slots__ = ("_journal", "_key")
+
+    def __init__(self, journal: Journal, key: int) -> None:
+        self._journal = journal
+        self._key = key
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        if error is not None:
+            with anyio.CancelScope(shield=True):
+                await self._journal._release(self._key)
+
+
 def check_run(saga: object, run_id: object, exceptions: Any, call: str = "journal.run") -> str:
     """Refuses what cannot work before it is recorded; gives the place for messages."""
     if not isinstance(saga, Saga):
@@ -663,11 +654,19 @@ def check_run(saga: object, run_id: object, exceptions: Any, call: str = "journa
     place = f"{call} of saga {saga.name!r}"
     if not isinstance(run_id, str) or not run_id:
         raise ValueError(f"{place}: run_id must be a string that is not empty, not {run_id!r}")
-    for kind in exception_types(exceptions):
+    for kind in () if exceptions == () else exception_types(exceptions):
         given: object = kind
         if not (isinstance(given, type) and issubclass(given, Exception)):
             raise TypeError(f"{place}: exceptions must be exception types, and hold {given!r}")
     return place
+
+
+def _interruption(middleware: RunMiddleware) -> Event | None:
+    """Gives what a run leaves for its recovery that was taken back, which could not be recorded.
+
+    Of one that a recovery would carry on nothing has been taken back: see the middleware.
+    """
+    return None if middleware.goes_on else middleware.interruption()
 
 
 def _check_on_crash(call: str, on_crash: object) -> None:

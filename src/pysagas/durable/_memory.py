@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
-from ._events import Event, RunInfo, RunState
+from ._events import Event, EventKind, Path, RunInfo, RunState
 from ._journal import Journal
 from ._storage import Claim, Ending, RunGone, Stored
 
@@ -90,10 +91,11 @@ class MemoryJournal(Journal):
     async def _load(self, key: int) -> list[Event]:
         return list(self._runs[key].events)
 
-    def _append(self, key: int, event: Event) -> None:
-        self._runs[key].events.append(event)
+    def _append(self, key: int, kind: EventKind, path: Path, name: str, data: bytes = b"", /) -> None:
+        self._runs[key].events.append(Event(kind, path, name, data, time.time()))
 
-    async def _flush(self) -> None:
+    async def _flush(self, key: int) -> None:
+        del key
         await checkpoint()
 
     async def _end(self, key: int, ending: Ending) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -31,34 +32,39 @@ from ._errors import Interrupted, JournalError, SagaChanged
 from ._events import Event, EventKind, Path, relevant
 from ._recalled import value_type
 from ._replay import Replay
+from ._storage import Storage
 
-__all__ = ["Recorder", "RunMiddleware"]
+__all__ = ["RunMiddleware"]
 
 ENDED = {EventKind.DONE, EventKind.ANSWERED, EventKind.FAILED}
-
-
-class Recorder(Protocol):
-    """Where the events of one run go."""
-
-    def append(self, event: Event) -> None:
-        """Takes an event, to be written with the next batch."""
-        ...
-
-    async def flush(self) -> None:
-        """Waits until all that was appended is on disk.
-
-        Raises:
-            JournalError: It could not be written.
-        """
-        ...
 
 
 class RunMiddleware:
     """The outermost middleware of one run."""
 
+    __slots__ = (
+        "_codec",
+        "_cut_short",
+        "_ends",
+        "_key",
+        "_last_error",
+        "_lost",
+        "_resume",
+        "_saga",
+        "_settled",
+        "_storage",
+        "broken",
+        "carried_on",
+        "committed",
+        "reopened",
+        "replay",
+        "value",
+    )
+
     def __init__(
         self,
-        recorder: Recorder,
+        storage: Storage,
+        key: int,
         codec: Codec,
         saga: Saga[..., Any],
         events: list[Event],
@@ -69,14 +75,16 @@ class RunMiddleware:
         """Makes the one of a run.
 
         Args:
-            recorder: Where its events go.
+            storage: Where its events go.
+            key: By which that knows the run.
             codec: For results.
             saga: Whose run it is.
             events: What is recorded of it.
             recovering: Whether it had begun in another process.
             resume: Whether it goes on after the replay, or is taken back.
         """
-        self._recorder = recorder
+        self._storage = storage
+        self._key = key
         self._codec = codec
         self._saga = saga
         self._ends = Ends(codec, saga.name)
@@ -102,13 +110,19 @@ class RunMiddleware:
         self._last_error = ""
         self.replay.start()
 
-    async def __call__(self, effect: Effect, call_next: CallNext) -> object:
+    # One coroutine less around each effect than with `async def`: all that a run awaits goes through here.
+    # (Type checkers do not agree on what that gives.)
+    def __call__(self, effect: Effect, call_next: CallNext) -> Any:
         """Replays an effect, or runs and records it."""
         replay = self.replay
         if replay.abandoned is not None:
             raise replay.abandoned
-        if not replay.is_member(effect):
-            return await self._handle(effect, call_next)
+        if replay.is_member(effect):
+            return self._member(effect, call_next)
+        return self._handle(effect, call_next)
+
+    async def _member(self, effect: Effect, call_next: CallNext) -> object:
+        replay = self.replay
         with replay.branch(effect.path):
             try:
                 return await self._handle(effect, call_next)
@@ -118,22 +132,23 @@ class RunMiddleware:
                 if not isinstance(error, Exception):
                     self._cut_short.add(effect.path[:-1])
                 if not await replay.leave(effect):
-                    self._append(EventKind.LEFT, effect)
+                    self._append(EventKind.LEFT, effect.path, effect.name)
                 raise
 
-    async def _handle(self, effect: Effect, call_next: CallNext) -> object:
+    def _handle(self, effect: Effect, call_next: CallNext) -> Awaitable[object]:
         match effect.kind:
             case "action":
                 assert call_next.step is not None
-                return await self._action(effect, call_next, call_next.step)
+                act = self._run_action if self.replay.is_clear else self._replay_action
+                return act(effect, call_next, call_next.step)
             case "compensation":
-                return await self._compensation(effect, call_next)
+                return self._compensation(effect, call_next)
             case "rollback":
-                return await self._rollback(effect, call_next)
+                return self._rollback(effect, call_next)
             case "commit":
-                return await self._commit(effect, call_next)
+                return self._commit(effect, call_next)
             case _:
-                return await self._whole(effect, call_next)
+                return self._whole(effect, call_next)
 
     async def _whole(self, effect: Effect, call_next: CallNext) -> object:
         """A saga, or a group."""
@@ -163,14 +178,13 @@ class RunMiddleware:
             replay.check_completed()
             if self.broken is not None:
                 raise self.broken  # what is on disk is not what the caller would be told
-            self.value = encode_result(
-                self._codec, result, value_type(self._saga), f"saga {self._saga.name!r}"
-            )
+            place = f"saga {self._saga.name!r}"
+            self.value = encode_result(self._codec, result, value_type(self._saga), lambda: place)
         return result
 
     async def _end(self, effect: Effect, how: EventKind) -> None:
         if not await self.replay.end(effect, how):
-            self._append(how, effect)
+            self._append(how, effect.path, effect.name)
 
     @property
     def goes_on(self) -> bool:
@@ -182,11 +196,11 @@ class RunMiddleware:
         return Event(EventKind.INTERRUPTED, (), self._saga.name, b"", time.time())
 
     def _note_interruption(self) -> None:
-        self._append_event(self.interruption())
+        self._append(EventKind.INTERRUPTED, (), self._saga.name)
 
     # --- actions and commits -----------------------------------------------------------------------
 
-    async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
+    async def _replay_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         events = await self.replay.meet(effect)
         last = events[-1] if events else None
         if last is not None and last.kind in ENDED:
@@ -195,7 +209,7 @@ class RunMiddleware:
             result = self._recall(effect, step, events[-2])
             await self.replay.go_forward(effect)
             # This time nothing cuts it off, and what comes after it is recorded.
-            self._append(EventKind.DONE, effect, events[-2].data)
+            self._append(EventKind.DONE, effect.path, effect.name, events[-2].data)
             return result
         try:
             await self.replay.go_forward(effect)
@@ -239,22 +253,24 @@ class RunMiddleware:
 
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
         try:
-            await self._record(EventKind.STARTED, effect)
+            self._append(EventKind.STARTED, effect.path, effect.name)
+            await self._flush()
             answer = await call_next()
             kind, data = self._ends.returned(effect, step, answer)
         except BaseException as error:
             self._last_error = f"{type(error).__name__}: {text_of(error)}"
             for kind, data in self._ends.raised(effect, step, error):
-                self._append(kind, effect, data)
+                self._append(kind, effect.path, effect.name, data)
             raise
-        self._append(kind, effect, data)
+        self._append(kind, effect.path, effect.name, data)
         return answer
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
         late: BaseException | None = None
         if not await self.replay.meet(effect):
             await self.replay.go_forward(effect)
-            late = await self._record_surely(EventKind.COMMITTED, effect)
+            self._append(EventKind.COMMITTED, effect.path, effect.name)
+            late = await self._flush_surely()
         self.committed = True
         result = await call_next()
         if late is not None:
@@ -266,7 +282,7 @@ class RunMiddleware:
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
         if not await self.replay.meet(effect):
             await self.replay.park(effect, forward=False)
-            self._append(EventKind.ROLLBACK, effect, self._last_error.encode())
+            self._append(EventKind.ROLLBACK, effect.path, effect.name, self._last_error.encode())
         return await call_next()
 
     async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
@@ -284,7 +300,8 @@ class RunMiddleware:
         if effect.path in self._lost:
             raise undo_is_lost(effect)
         try:
-            await self._record(EventKind.COMPENSATING, effect)
+            self._append(EventKind.COMPENSATING, effect.path, effect.name)
+            await self._flush()
         except JournalError:
             if self.replay.abandoned is not None:
                 raise
@@ -294,33 +311,26 @@ class RunMiddleware:
         except BaseException as error:
             if isinstance(error, Exception):
                 data = json.dumps(encode_error(error)).encode()
-                self._append(EventKind.NOT_COMPENSATED, effect, data)
+                self._append(EventKind.NOT_COMPENSATED, effect.path, effect.name, data)
             raise
-        self._append(EventKind.COMPENSATED, effect)
+        self._append(EventKind.COMPENSATED, effect.path, effect.name)
         return result
 
     # --- recording -----------------------------------------------------------------------------------
 
-    def _append(self, kind: EventKind, effect: Effect, data: bytes = b"") -> None:
-        self._append_event(Event(kind, effect.path, effect.name, data, time.time()))
-
-    def _append_event(self, event: Event) -> None:
+    def _append(self, kind: EventKind, path: Path, name: str, data: bytes = b"") -> None:
         if self.broken is None:
             try:
-                self._recorder.append(event)
+                self._storage._append(self._key, kind, path, name, data)
             except JournalError as error:
                 # It has happened, recorded or not. What follows will not.
                 self.broken = error
 
-    async def _record(self, kind: EventKind, effect: Effect) -> None:
-        """Records what is about to happen; when this returns, it is on disk, and all before it."""
-        self._append(kind, effect)
-        await self._flush()
-
     async def _flush(self) -> None:
+        """Waits until all that was recorded is on disk: before anything happens that it speaks of."""
         try:
             if self.broken is None:
-                await self._recorder.flush()
+                await self._storage._flush(self._key)
         except JournalError as error:
             # What was lost leaves a gap, after which nothing can be recorded any more.
             self.broken = error
@@ -329,14 +339,13 @@ class RunMiddleware:
                 self.replay.abandon(self.broken)
             raise self.broken
 
-    async def _record_surely(self, kind: EventKind, effect: Effect) -> BaseException | None:
-        """As `_record`, but not cut off: a commit of which only the journal knows would be a lie.
+    async def _flush_surely(self) -> BaseException | None:
+        """As `_flush`, but not cut off: a commit of which only the journal knows would be a lie.
 
         Returns:
             A native cancellation that came meanwhile.
         """
         late: BaseException | None = None
-        self._append(kind, effect)
         written = False
         with anyio.CancelScope(shield=True):
             while not written:

@@ -24,6 +24,7 @@ from ._storage import Ending
 
 __all__ = [
     "Recorded",
+    "Reported",
     "compensated",
     "exception_types",
     "leaves",
@@ -52,6 +53,32 @@ class Recorded:
         self.reports = reports
         self.tree = tree
         self.times = times
+
+
+class Reported:
+    """The run of an outcome, for another outcome of it."""
+
+    __slots__ = ("_outcome",)
+
+    def __init__(self, outcome: Outcome[Any]) -> None:
+        self._outcome = outcome
+
+    @property
+    def saga_name(self) -> str:
+        return self._outcome.saga
+
+    @property
+    def run_id(self) -> str:
+        return self._outcome.run_id
+
+    def reports(self) -> tuple[StepReport, ...]:
+        return self._outcome.steps
+
+    def tree(self) -> Iterable[TreeNode]:
+        return self._outcome.tree
+
+    def times(self) -> Iterable[Ran]:
+        return self._outcome.times
 
 
 def recalled(

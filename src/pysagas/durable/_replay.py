@@ -64,6 +64,27 @@ ROUNDS = 20
 class Replay:
     """The history of one run, and how far it has been met; of a run that is new there is none."""
 
+    __slots__ = (
+        "_branches",
+        "_cursor",
+        "_groups",
+        "_history",
+        "_known",
+        "_late",
+        "_met",
+        "_note_interruption",
+        "_parked",
+        "_recovering",
+        "_resume",
+        "_saga",
+        "_ticks",
+        "_turns",
+        "_waiting",
+        "abandoned",
+        "interrupted",
+        "stopped",
+    )
+
     def __init__(
         self,
         saga: str,
@@ -125,13 +146,18 @@ class Replay:
         """Whether all of the history has been met."""
         return self._cursor == len(self._history)
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether an action may run at once: nothing is recorded of it, and nothing keeps it back."""
+        return self._cursor == len(self._history) and self.interrupted is None and self._late is None
+
     def is_recorded(self, kind: str, path: Path) -> bool:
         """Tells whether the history has something of an effect that has not been met yet."""
         return (kind, path) in self._known
 
     def is_member(self, effect: Effect) -> bool:
         """Tells whether an effect is a whole member of a group."""
-        return bool(effect.path) and effect.path[:-1] in self._groups and effect.kind in MEMBERS
+        return bool(self._groups) and effect.path[:-1] in self._groups and effect.kind in MEMBERS
 
     def open_group(self, path: Path) -> None:
         """Notes that what is just below a place runs at the same time."""

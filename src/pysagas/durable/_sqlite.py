@@ -1,12 +1,10 @@
 """The journal in a file: SQLite in WAL mode, each commit on disk before anything goes on.
 
-Three tables, see ``SCHEMA``; ``sqlite3 sagas.db 'SELECT * FROM events'`` reads them. A run belongs
-to an *owner*, the journal object of one process. An owner holds an exclusive lock, for as long as
-its process lives, on a file of its own beside the journal; the kernel drops it when the process
-dies, however that happens. A journal that is closed while runs of it still act keeps the lock for
-as long as they do. Who finds an unfinished run tries its owner's lock: no heartbeat and no
-time-out, and nobody who is merely slow is taken for dead. The lock is one of SQLite's own, which
-works wherever the journal itself does.
+What stands in it, ``_records`` says; ``sqlite3 sagas.db 'SELECT * FROM events'`` reads it. A run belongs
+to an *owner*, the journal object of one process, which holds a lock for as long as that lives (see
+``_locks``). A journal that is closed while runs of it still act keeps the lock for as long as they do.
+Who finds an unfinished run tries its owner's lock: no heartbeat and no time-out, and nobody who is
+merely slow is taken for dead.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,49 +30,13 @@ from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Journal
+from ._locks import is_locked, make_file, take_lock
 from ._memory import in_words, not_so_any_more, other_run
+from ._records import Events, insert, is_journal, next_number, prepare, written
 from ._storage import Claim, Ending, RunGone, Stored
-from ._writer import INSERT, Row, Writer
+from ._writer import Writer
 
 __all__ = ["SQLiteJournal"]
-
-# In the header of the file, so that no other database is taken for a journal.
-APPLICATION_ID = 0x70736A31
-FORMAT = 1
-
-SCHEMA = (
-    """CREATE TABLE owners (
-        id INTEGER PRIMARY KEY,
-        token TEXT NOT NULL UNIQUE,   -- names the file with its lock: JOURNAL-owner-TOKEN
-        host TEXT NOT NULL,
-        pid INTEGER NOT NULL,
-        started REAL NOT NULL         -- seconds since the epoch, here as everywhere
-    )""",
-    """CREATE TABLE runs (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never that of a run that was pruned
-        run_id TEXT NOT NULL UNIQUE,
-        saga TEXT NOT NULL,
-        version TEXT,
-        args BLOB NOT NULL,           -- [[positional, ...], {name: value, ...}], as JSON
-        state TEXT NOT NULL,          -- running, completed, compensated, failed
-        owner INTEGER REFERENCES owners (id),   -- NULL once it has ended
-        started REAL NOT NULL,
-        ended REAL,
-        value BLOB,                   -- what the saga returned
-        error TEXT                    -- what it raised, as JSON
-    )""",
-    "CREATE INDEX runs_by_state ON runs (state)",
-    """CREATE TABLE events (
-        run INTEGER NOT NULL REFERENCES runs (id),
-        seq INTEGER NOT NULL,         -- the order in which they happened
-        kind TEXT NOT NULL,
-        path TEXT NOT NULL,           -- 0.2.1
-        name TEXT NOT NULL,
-        data BLOB NOT NULL,
-        at REAL NOT NULL,
-        PRIMARY KEY (run, seq)
-    ) WITHOUT ROWID""",
-)
 
 
 class SQLiteJournal(Journal):
@@ -126,7 +88,6 @@ class SQLiteJournal(Journal):
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._writer: Writer | None = None
-        self._last_writer: Writer
         self._token = ""
         self._owner = 0
         self._lock: sqlite3.Connection | None = None
@@ -134,7 +95,9 @@ class SQLiteJournal(Journal):
         # goes when both are over, on whichever thread that is.
         self._closed = False
         self._letting_go = threading.Lock()
-        self._next_seq: dict[int, int] = {}
+        self._events_in = Events()
+        # The number of the next event of each run.
+        self._next: dict[int, int] = {}
         # What is still to be recorded of runs that were taken back while that was not possible.
         self._owed: list[Callable[[sqlite3.Connection], None]] = []
 
@@ -159,14 +122,14 @@ class SQLiteJournal(Journal):
                 f"and these still are: {', '.join(sorted(map(repr, self._in_hand)))}; wait for them, or "
                 "open another SQLiteJournal"
             )
-        writer = Writer(self._connect, self._close, f"journal {self._path}")
+        writer = Writer(self._connect, self._close, self._events_in.encode, f"journal {self._path}")
         try:
             await writer.start()
         except BaseException as error:
             await writer.stop()
             cause = error.__cause__
             raise (cause if isinstance(cause, JournalError) else error) from None
-        self._writer = self._last_writer = writer
+        self._writer = writer
         return self
 
     async def __aexit__(
@@ -193,7 +156,7 @@ class SQLiteJournal(Journal):
         """Opens the file, and makes its tables if it is new; on the writer's thread."""
         problem = f"journal {self._path} cannot be opened"
         try:
-            _make_file(self._path)
+            make_file(self._path)
             connection = sqlite3.connect(
                 self._path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
             )
@@ -233,7 +196,7 @@ class SQLiteJournal(Journal):
             self._lock_path(self._token).unlink(missing_ok=True)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        self._check_format(connection)
+        is_journal(connection, self._path)  # before anything is changed
         self._use_wal(connection)
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         # The log grows once and is written over, which is faster than to make it anew.
@@ -241,13 +204,9 @@ class SQLiteJournal(Journal):
         self._closed = False
         while self._lock is None:
             self._token = uuid4().hex
-            self._lock = _take_lock(self._lock_path(self._token))
+            self._lock = take_lock(self._lock_path(self._token))
         connection.execute("BEGIN IMMEDIATE")
-        if not self._check_format(connection):
-            for statement in SCHEMA:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
+        prepare(connection, self._path)
         self._owner = cast(
             "int",
             connection.execute(
@@ -274,28 +233,6 @@ class SQLiteJournal(Journal):
             else:
                 return
 
-    def _check_format(self, connection: sqlite3.Connection) -> bool:
-        """Tells whether the file is a journal already, and not a new one.
-
-        Raises:
-            JournalError: It is something else.
-        """
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not tables:
-            return False
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if application != APPLICATION_ID:
-            raise JournalError(
-                f"{self._path} is the database of something else, and no journal; it was left as it is"
-            )
-        if version > FORMAT:
-            raise JournalError(
-                f"journal {self._path} has format {version}, of a newer release of pysagas; this one "
-                f"knows formats up to {FORMAT}: upgrade it. The journal was left as it is"
-            )
-        return True
-
     def _lock_path(self, token: str) -> Path:
         return self._path.with_name(f"{self._path.name}-owner-{token}")
 
@@ -313,19 +250,21 @@ class SQLiteJournal(Journal):
     ) -> Claim:
         def claim(connection: sqlite3.Connection) -> Claim:
             _settle(connection, owed)
+            if create:
+                # First, since most runs are new.
+                new = connection.execute(
+                    "INSERT INTO runs (run_id, saga, version, args, state, owner, started) "
+                    "VALUES (?, ?, ?, ?, 'running', ?, ?) ON CONFLICT DO NOTHING",
+                    (run_id, saga, version, args, self._owner, now),
+                )
+                if new.rowcount:
+                    return Claim(cast("int", new.lastrowid), is_new=True)
             row = connection.execute(
                 "SELECT id, saga, version, args, state, owner, value, error FROM runs WHERE run_id = ?",
                 (run_id,),
             ).fetchone()
             if row is None:
-                if not create:
-                    raise RunGone(f"run {run_id!r}")
-                new = connection.execute(
-                    "INSERT INTO runs (run_id, saga, version, args, state, owner, started) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (run_id, saga, version, args, RunState.RUNNING.value, self._owner, now),
-                ).lastrowid
-                return Claim(cast("int", new), is_new=True)
+                raise RunGone(f"run {run_id!r}")
             key, its_saga, its_version, its_args, state, owner, value, error = row
             stored = Stored(run_id, its_saga, its_version, its_args, RunState(state))
             problem = other_run(stored, saga, args)
@@ -359,20 +298,21 @@ class SQLiteJournal(Journal):
     def _is_alive(self, connection: sqlite3.Connection, owner: int) -> bool:
         """Tells whether an owner's process lives; forgets one that does not."""
         row = connection.execute("SELECT token FROM owners WHERE id = ?", (owner,)).fetchone()
-        return row is not None and _is_locked(self._lock_path(row[0]))
+        return row is not None and is_locked(self._lock_path(row[0]))
 
     async def _release(self, key: int, last: Event | None = None) -> None:
-        owner = self._owner
+        owner, encode = self._owner, self._events_in.encode
 
         def release(connection: sqlite3.Connection) -> None:
             # It may be late: then somebody else may have the run by now.
             its = connection.execute("SELECT owner FROM runs WHERE id = ?", (key,)).fetchone()
             if its == (owner,):
                 if last is not None:
-                    connection.execute(INSERT, _row(key, _next_seq(connection, key), last))
+                    record = encode([written(*last)])
+                    insert(connection, [(key, next_number(connection, key), record)])
                 connection.execute("UPDATE runs SET owner = NULL WHERE id = ?", (key,))
 
-        self._next_seq.pop(key, None)
+        self._next.pop(key, None)
         # Or a recovery that resumes would carry on what has been taken back.
         self._owed.append(release)
         owed = tuple(self._owed)
@@ -385,25 +325,29 @@ class SQLiteJournal(Journal):
     async def _load(self, key: int) -> list[Event]:
         def load(connection: sqlite3.Connection) -> list[Any]:
             return connection.execute(
-                "SELECT seq, kind, path, name, data, at FROM events WHERE run = ? ORDER BY seq", (key,)
+                "SELECT seq, events FROM records WHERE run = ? ORDER BY seq", (key,)
             ).fetchall()
 
-        rows = await self._open().call(load, reads=True)
+        records = await self._open().call(load, reads=True)
         self._open().forget(key)
-        self._next_seq[key] = rows[-1][0] + 1 if rows else 0
-        return [_event(*row[1:]) for row in rows]
+        events: list[Event] = []
+        self._next[key] = 0
+        for number, record in records:
+            these = self._events_in.decode(record)
+            events += these
+            self._next[key] = number + len(these)
+        return events
 
-    def _append(self, key: int, event: Event) -> None:
-        seq = self._next_seq.get(key, 0)
-        self._next_seq[key] = seq + 1
-        self._open().append(_row(key, seq, event))
+    def _append(
+        self, key: int, kind: EventKind, path: tuple[int, ...], name: str, data: bytes = b"", /
+    ) -> None:
+        writer = self._writer or self._open()
+        number = self._next.get(key, 0)
+        self._next[key] = number + 1
+        writer.append(key, number, written(kind, path, name, data, time.time()))
 
-    async def _flush(self) -> None:
-        await self._open().flush()
-
-    def _check_whole(self, key: int) -> None:
-        # Of the writer that has flushed, though the journal may have been closed meanwhile.
-        self._last_writer.check(key)
+    def _flush(self, key: int) -> Awaitable[None]:
+        return (self._writer or self._open()).flush(key)
 
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
@@ -416,7 +360,7 @@ class SQLiteJournal(Journal):
                 (ending.state.value, ending.value, error, time.time(), key),
             )
 
-        self._next_seq.pop(key, None)
+        self._next.pop(key, None)
         await writer.call(end)
 
     async def _reopen(self, key: int, was: RunState) -> None:
@@ -433,19 +377,18 @@ class SQLiteJournal(Journal):
                 if row is None:
                     raise RunGone("this run")
                 raise not_so_any_more(row[0], RunState(row[1]), was)
-            return _next_seq(connection, key)
+            return next_number(connection, key)
 
-        next_seq = await self._open().call(reopen)
+        number = await self._open().call(reopen)
         self._open().forget(key)
-        self._next_seq[key] = next_seq
+        self._next[key] = number
 
     async def _unfinished(self) -> list[Stored]:
         def unfinished(connection: sqlite3.Connection) -> list[Stored]:
             return [
                 Stored(run_id, saga, version, args, RunState.RUNNING)
                 for run_id, saga, version, args in connection.execute(
-                    "SELECT run_id, saga, version, args FROM runs WHERE state = ? ORDER BY id",
-                    (RunState.RUNNING.value,),
+                    "SELECT run_id, saga, version, args FROM runs WHERE state = 'running' ORDER BY id"
                 )
             ]
 
@@ -468,7 +411,7 @@ class SQLiteJournal(Journal):
 
         def listed(connection: sqlite3.Connection) -> list[RunInfo]:
             alive = {
-                owner: owner == self._owner or _is_locked(self._lock_path(token))
+                owner: owner == self._owner or is_locked(self._lock_path(token))
                 for owner, token in connection.execute(
                     "SELECT id, token FROM owners WHERE id IN (SELECT owner FROM runs)"
                 ).fetchall()
@@ -494,16 +437,14 @@ class SQLiteJournal(Journal):
         return await self._open().call(listed, reads=True)
 
     async def _events(self, run_id: str) -> list[Event]:
+        decode = self._events_in.decode
+
         def events(connection: sqlite3.Connection) -> list[Event]:
             row = connection.execute("SELECT id FROM runs WHERE run_id = ?", (run_id,)).fetchone()
             if row is None:
                 raise JournalError(f"run {run_id!r} is not in the journal {self._path}")
-            return [
-                _event(*event)
-                for event in connection.execute(
-                    "SELECT kind, path, name, data, at FROM events WHERE run = ? ORDER BY seq", row
-                )
-            ]
+            records = connection.execute("SELECT events FROM records WHERE run = ? ORDER BY seq", row)
+            return [event for (record,) in records for event in decode(record)]
 
         return await self._open().call(events, reads=True)
 
@@ -511,7 +452,7 @@ class SQLiteJournal(Journal):
         def prune(connection: sqlite3.Connection) -> int:
             ended = "state IN ('completed', 'compensated') AND ended < ?"
             connection.execute(
-                f"DELETE FROM events WHERE run IN (SELECT id FROM runs WHERE {ended})",  # noqa: S608
+                f"DELETE FROM records WHERE run IN (SELECT id FROM runs WHERE {ended})",  # noqa: S608
                 (before,),
             )
             pruned = connection.execute(f"DELETE FROM runs WHERE {ended}", (before,)).rowcount  # noqa: S608
@@ -520,7 +461,7 @@ class SQLiteJournal(Journal):
                 "SELECT id, token FROM owners WHERE id NOT IN "
                 "(SELECT owner FROM runs WHERE owner IS NOT NULL)"
             ).fetchall():
-                if owner != self._owner and not _is_locked(self._lock_path(token)):
+                if owner != self._owner and not is_locked(self._lock_path(token)):
                     connection.execute("DELETE FROM owners WHERE id = ?", (owner,))
             # And the files of those that were killed before they were recorded, or forgotten.
             known = {token for (token,) in connection.execute("SELECT token FROM owners")}
@@ -528,7 +469,7 @@ class SQLiteJournal(Journal):
             with suppress(OSError):  # a directory that may not be listed is cleaned by somebody else
                 for path in self._path.parent.iterdir():
                     if path.name.startswith(prefix) and path.name.removeprefix(prefix) not in known:
-                        _is_locked(path)
+                        is_locked(path)
             return pruned
 
         return await self._open().call(prune)
@@ -540,90 +481,3 @@ def _settle(
     """Lets go of runs; of those, too, of which that could not be recorded before."""
     for release in owed:
         release(connection)
-
-
-def _next_seq(connection: sqlite3.Connection, key: int) -> int:
-    query = "SELECT coalesce(max(seq) + 1, 0) FROM events WHERE run = ?"
-    (seq,) = connection.execute(query, (key,)).fetchone()
-    return cast("int", seq)
-
-
-def _row(key: int, seq: int, event: Event) -> Row:
-    path = ".".join(map(str, event.path))
-    return (key, seq, event.kind.value, path, event.name, event.data, event.at)
-
-
-def _event(kind: str, path: str, name: str, data: bytes, at: float) -> Event:
-    steps = tuple(map(int, path.split("."))) if path else ()
-    return Event(EventKind(kind), steps, name, data, at)
-
-
-# --- locks ------------------------------------------------------------------------------------------
-
-
-def _make_file(path: Path) -> None:
-    """Makes a file that nobody else can read, not even for a moment, if it is not there.
-
-    One that is there is not touched: to close it would drop all locks that this process has on it,
-    those of another journal on the same file too.
-    """
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-def _locked(path: Path) -> sqlite3.Connection:
-    """Locks an owner's file, for as long as the connection, or the process, lives.
-
-    Raises:
-        sqlite3.Error: Somebody else has the lock; or the file is not there, or cannot be opened.
-    """
-    connection = sqlite3.connect(
-        f"{path.as_uri()}?mode=rw",  # which makes no file
-        uri=True,
-        timeout=0,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    try:
-        # No second file beside this one; nothing is ever written to it.
-        connection.execute("PRAGMA journal_mode = MEMORY")
-        connection.execute("BEGIN EXCLUSIVE")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _take_lock(path: Path) -> sqlite3.Connection | None:
-    """Makes an owner's file, and locks it; gives None where somebody who cleans up came between.
-
-    To him, a file that is made and not yet locked is one of a process that was killed at that moment,
-    and he removes it with its lock in hand. So here either the lock is refused, or the file is gone
-    once it is locked.
-    """
-    _make_file(path)
-    try:
-        connection = _locked(path)
-    except sqlite3.OperationalError as error:
-        if path.exists() and error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-            raise
-        return None
-    if path.exists():
-        return connection
-    connection.close()
-    return None
-
-
-def _is_locked(path: Path) -> bool:
-    """Tells whether an owner lives; removes the file of one that does not."""
-    try:
-        if not path.exists():
-            return False
-        with closing(_locked(path)), suppress(PermissionError):  # Windows keeps what somebody has open
-            path.unlink(missing_ok=True)
-    except (OSError, sqlite3.Error):
-        # Somebody has the lock. Or the file cannot be opened: no file descriptors are left, it is
-        # another user's. Then nobody can tell, and to take the run of a process that lives is worse
-        # than to leave that of a dead one; and other runs have nothing to do with it.
-        return True
-    return False

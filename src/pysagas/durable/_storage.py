@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
 from ._errors import JournalError
-from ._events import Event, RunInfo, RunState
+from ._events import Event, EventKind, Path, RunInfo, RunState
 
 __all__ = ["Claim", "Ending", "RunGone", "Storage", "Stored"]
 
@@ -107,22 +108,26 @@ class Storage(ABC):
         """Gives the events of a run, in their order."""
 
     @abstractmethod
-    def _append(self, key: int, event: Event) -> None:
-        """Takes an event, to be written with the next batch."""
+    def _append(self, key: int, kind: EventKind, path: Path, name: str, data: bytes = b"", /) -> None:
+        """Takes an event that happens now, to be written with the next batch.
 
-    @abstractmethod
-    async def _flush(self) -> None:
-        """Waits until all that was appended is on disk.
+        Args:
+            key: The run.
+            kind: What happens.
+            path: Its place in the tree of the run.
+            name: Of the step, or of what is taken back.
+            data: What the kind says.
 
         Raises:
-            JournalError: It could not be written.
+            JournalError: It cannot be taken.
         """
 
-    def _check_whole(self, key: int) -> None:  # noqa: B027 - most storages have nothing to say
-        """Makes sure that nothing was lost of what was appended to a run, and flushed.
+    @abstractmethod
+    def _flush(self, key: int) -> Awaitable[None]:
+        """Waits until all that was appended to a run is on disk.
 
         Raises:
-            JournalError: Something was.
+            JournalError: Something of it could not be written.
         """
 
     @abstractmethod

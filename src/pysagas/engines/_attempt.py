@@ -344,7 +344,7 @@ class Attempt:
             raise self._cancelled  # it had nothing more to do, or has swallowed it
         if not effect.path:
             place = f"saga {self._saga.name!r}"
-            self._value = encode_result(self._codec, result, value_type(self._saga), place)
+            self._value = encode_result(self._codec, result, value_type(self._saga), lambda: place)
         return result
 
     # --- actions and compensations ---------------------------------------------------------------------

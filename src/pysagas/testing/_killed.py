@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any, cast
 
 from pysagas import Outcome, Saga
-from pysagas.durable import Event, MemoryJournal
+from pysagas.durable import MemoryJournal
 
 from ._faults import Trial
 from ._watched import current_watcher
@@ -54,13 +54,13 @@ class _ObjectCodec:
 class _KillableJournal(MemoryJournal):
     """A journal that takes nothing from a process which has been killed."""
 
-    def _append(self, key: int, event: Event) -> None:
+    def _append(self, key: int, *event: Any) -> None:
         current_watcher.get().check()
-        super()._append(key, event)
+        super()._append(key, *event)
 
-    async def _flush(self) -> None:
+    async def _flush(self, key: int) -> None:
         current_watcher.get().check()
-        await super()._flush()
+        await super()._flush(key)
         current_watcher.get().check()
 
     async def _end(self, key: int, ending: Any) -> None:

@@ -1,0 +1,234 @@
+"""The tables of a journal's file, and how the history of runs stands in them.
+
+What one commit says of one run is one *record*: a row with a list of events, as JSON. A step that follows
+another one is two events, the result of the one and the start of the other; the members of a group that
+start together are as many events as they are. Rows are what SQLite takes most of its time for, so an
+event is not a row. To read, there is the view ``events``, which has one for each.
+
+What this must not know: who writes, and when.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+from ._errors import JournalError
+from ._events import Event, EventKind, Path
+
+__all__ = [
+    "Events",
+    "Record",
+    "Written",
+    "insert",
+    "is_journal",
+    "next_number",
+    "prepare",
+    "written",
+]
+
+# In the header of the file, so that no other database is taken for a journal.
+APPLICATION_ID = 0x70736A31
+FORMAT = 2
+
+# For those who look into the file; what is here reads the records themselves.
+EVENTS = """CREATE VIEW events AS SELECT
+    run,
+    seq + key AS seq,                                 -- the order in which they happened
+    json_extract(value, '$[0]') AS kind,
+    replace(trim(json_extract(value, '$[1]'), '[]'), ',', '.') AS path,   -- 0.2.1
+    json_extract(value, '$[2]') AS name,
+    coalesce(json_extract(value, '$[4]'), '') AS data,
+    json_extract(value, '$[3]') AS at
+    FROM records, json_each(records.events)"""
+
+RECORDS = """CREATE TABLE records (
+    run INTEGER NOT NULL REFERENCES runs (id),
+    seq INTEGER NOT NULL,         -- the number of its first event
+    events TEXT NOT NULL,         -- [[kind, path, name, at, data], ...], as JSON, without data that is empty
+    PRIMARY KEY (run, seq)        -- an index; so the rows of many runs that go on at once stand together
+)"""
+
+UNFINISHED = "CREATE INDEX unfinished ON runs (state) WHERE state = 'running'"
+
+SCHEMA = (
+    """CREATE TABLE owners (
+        id INTEGER PRIMARY KEY,
+        token TEXT NOT NULL UNIQUE,   -- names the file with its lock: JOURNAL-owner-TOKEN
+        host TEXT NOT NULL,
+        pid INTEGER NOT NULL,
+        started REAL NOT NULL         -- seconds since the epoch, here as everywhere
+    )""",
+    """CREATE TABLE runs (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never that of a run that was pruned
+        run_id TEXT NOT NULL UNIQUE,
+        saga TEXT NOT NULL,
+        version TEXT,
+        args BLOB NOT NULL,           -- [[positional, ...], {name: value, ...}], as JSON
+        state TEXT NOT NULL,          -- running, completed, compensated, failed
+        owner INTEGER REFERENCES owners (id),   -- NULL once it has ended
+        started REAL NOT NULL,
+        ended REAL,
+        value BLOB,                   -- what the saga returned
+        error TEXT                    -- what it raised, as JSON
+    )""",
+    UNFINISHED,
+    RECORDS,
+    EVENTS,
+)
+
+INSERT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
+# For each number of rows that one statement puts, the statement. A row for itself costs a quarter more;
+# and each statement lets go of the interpreter lock, which a busy event loop does not soon give back.
+INSERTS = {rows: INSERT + ", (?, ?, ?)" * (rows - 1) for rows in (64, 16, 4, 1)}
+
+Record = tuple[int, int, str]
+"""A row: the run, the number of the first event, the events."""
+
+Written = tuple[str, Path, str, float] | tuple[str, Path, str, float, Any]
+"""An event as it stands in a record."""
+
+
+class Events:
+    """Writes events as records have them, and reads them again."""
+
+    def __init__(self) -> None:
+        """Makes one."""
+        self._encode: Callable[[object], bytes]
+        self._decode: Callable[[str], Any]
+        try:
+            from msgspec.json import Decoder, Encoder  # noqa: PLC0415 - an extra
+        except ImportError:  # the journal has a codec that does without, as this can
+            self._encode = lambda events: json.dumps(events, separators=(",", ":")).encode()
+            self._decode = json.loads
+        else:
+            self._encode = Encoder().encode
+            self._decode = Decoder().decode
+
+    def encode(self, events: list[Written]) -> str:
+        """Gives the text of some events.
+
+        Raises:
+            ValueError: A name is no text that could be written.
+        """
+        return self._encode(events).decode()
+
+    def decode(self, text: str) -> list[Event]:
+        """Gives the events of a text."""
+        return [
+            Event(EventKind(kind), tuple(path), name, _bytes(*data), at)
+            for kind, path, name, at, *data in self._decode(text)
+        ]
+
+
+def written(kind: EventKind, path: Path, name: str, data: bytes, at: float) -> Written:
+    """Gives an event as it stands in a record."""
+    # `value` of an Enum is a descriptor in Python, and costs more than all else here.
+    if not data:
+        return (kind._value_, path, name, at)
+    try:
+        return (kind._value_, path, name, at, data.decode())
+    except UnicodeDecodeError:  # a codec may write what it likes
+        return (kind._value_, path, name, at, {"base64": b64encode(data).decode()})
+
+
+def _bytes(data: str | dict[str, str] = "") -> bytes:
+    return data.encode() if isinstance(data, str) else b64decode(data["base64"])
+
+
+def insert(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
+    """Puts records into the file."""
+    done = 0
+    for rows, statement in INSERTS.items():
+        while len(records) - done >= rows:
+            connection.execute(statement, tuple(chain.from_iterable(records[done : done + rows])))
+            done += rows
+
+
+def next_number(connection: sqlite3.Connection, run: int) -> int:
+    """Gives the number that the next event of a run has."""
+    last = "SELECT seq + json_array_length(events) FROM records WHERE run = ? ORDER BY seq DESC LIMIT 1"
+    row = connection.execute(last, (run,)).fetchone()
+    return cast("int", row[0]) if row else 0
+
+
+def is_journal(connection: sqlite3.Connection, place: object) -> bool:
+    """Tells whether a file is a journal already, of this format or an older one, and not a new file.
+
+    Args:
+        connection: To the file.
+        place: How messages name it.
+
+    Raises:
+        JournalError: It is something else.
+    """
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not tables:
+        return False
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    version = _version(connection)
+    if application != APPLICATION_ID:
+        raise JournalError(
+            f"{place} is the database of something else, and no journal; it was left as it is"
+        )
+    if version > FORMAT:
+        raise JournalError(
+            f"journal {place} has format {version}, of a newer release of pysagas; this one "
+            f"knows formats up to {FORMAT}: upgrade it. The journal was left as it is"
+        )
+    return True
+
+
+def prepare(connection: sqlite3.Connection, place: object) -> None:
+    """Makes the tables of a new file, or those of this format from those of an older one.
+
+    Within a transaction of the caller's: of two processes that open a file at once, one does it.
+
+    Args:
+        connection: To the file.
+        place: How messages name it.
+
+    Raises:
+        JournalError: It is something else.
+    """
+    if is_journal(connection, place):
+        for version in range(_version(connection), FORMAT):
+            MIGRATIONS[version](connection)
+    else:
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _from_1(connection: sqlite3.Connection) -> None:
+    """Makes a record of each event: they had a row each."""
+    connection.execute("DROP INDEX runs_by_state")
+    connection.execute("ALTER TABLE events RENAME TO old")
+    for statement in (UNFINISHED, RECORDS, EVENTS):
+        connection.execute(statement)
+    encode = Events().encode
+    events = connection.execute("SELECT run, seq, kind, path, name, data, at FROM old")
+    records = [
+        (run, seq, encode([written(EventKind(kind), _path(path), name, data, at)]))
+        for run, seq, kind, path, name, data, at in events
+    ]
+    insert(connection, records)
+    connection.execute("DROP TABLE old")
+
+
+def _path(text: str) -> Path:
+    return tuple(map(int, text.split("."))) if text else ()
+
+
+# What makes a file of the next format of one of an older one.
+MIGRATIONS = {1: _from_1}
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return cast("int", version)
