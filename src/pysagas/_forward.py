@@ -381,19 +381,20 @@ def _group_error(
     return cancelled[0] if cancelled else get_cancelled_exc_class()()
 
 
-async def _carry_out_member(
+def _carry_out_member(
     group: Group,
     owner: Sequence,
     index: int,
     definition: Definition[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Any:
+) -> Awaitable[Any]:
     path = (*group.path, index)
     entry = new_entry(definition, args, kwargs, owner, path)
     group.members[index] = entry
     if isinstance(entry, Record):
         current_place.set(MemberPlace(owner, group, index, "action"))
-    elif isinstance(entry, Sequence):
+        return _carry_out_step(entry, owner, path)
+    if isinstance(entry, Sequence):
         current_place.set(entry)
-    return await carry_out(entry, args, kwargs, owner, path)
+    return carry_out(entry, args, kwargs, owner, path)
