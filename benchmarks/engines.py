@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import json
 import os
 import shutil
 import socket
@@ -22,7 +23,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -259,7 +260,8 @@ async def ours(engine: Engine, shape: Shape) -> int:
 
     args = as_text(encode_arguments(JSONCodec(), (1,), {}, action, ""))
     answer = await call(engine, NAME, {"saga": shape.name, "version": None, "args": args})
-    return sum(kind == "done" for kind, *_ in answer["events"])
+    events = chain.from_iterable(map(json.loads, answer["records"]))
+    return sum(kind == "done" for kind, *_ in events)
 
 
 async def ours_by_our_client(engine: Engine, shape: Shape) -> int:

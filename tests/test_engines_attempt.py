@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from datetime import date, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -305,6 +306,72 @@ async def test_a_branch_that_waits_for_no_step_is_told(anyio_backend, server, mo
     async with Place(server, [waits]).worker() as engine:
         await engine.run(waits, "x", run_id="1")
     assert told.is_set()
+
+
+@pytest.mark.parametrize("in_a_group", [False, True])
+async def test_a_time_limit_around_steps_ends_the_attempt(anyio_backend, server, in_a_group, caplog):
+    """What no replay could keep is told, and no failure of the run: it goes on where it keeps none."""
+    shop = Shop()
+    limits: list[float | None] = [0.05, None]
+    tries: list[str] = []
+
+    async def act(order: str) -> str:
+        tries.append(order)
+        if len(tries) == 1:
+            await anyio.sleep_forever()
+        return order
+
+    @saga(name="inner")
+    async def inner(scope: SagaScope, order: str) -> str:
+        async with asyncio.timeout(limits.pop(0)):
+            return await scope.step(Step(act, lambda order: shop.log.append("-act"), name="act"), order)
+
+    @saga(name="limited")
+    async def limited(scope: SagaScope, order: str) -> str:
+        if not in_a_group:
+            return await scope.step(inner, order)
+        got, _ = await scope.parallel(inner.bind(order), shop.step("b").bind(order))
+        return got
+
+    async with Place(server, [limited]).worker() as engine:
+        outcome = await engine.run(limited, "x", run_id="1")
+    assert (outcome.value, tries) == ("x", ["x", "x"])
+    assert "-act" not in shop.log
+    assert "was cancelled while it waited for action 'act' at" in caplog.text
+    assert "by asyncio.timeout or the like: a replay could not keep such a limit" in caplog.text
+
+
+async def test_an_action_has_the_context_of_its_branch_and_keeps_its_own(anyio_backend, server):
+    """What was set before is seen by an action and by what it calls; what it sets is its own affair."""
+    number: ContextVar[int] = ContextVar("number", default=0)
+    seen: list[int] = []
+
+    async def act() -> None:
+        await anyio.sleep(0)
+        seen.append(number.get())
+        number.set(-1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(note)
+
+    async def note() -> None:
+        seen.append(number.get())
+
+    @saga(name="branch")
+    async def branch(scope: SagaScope, mine: int) -> None:
+        number.set(mine)
+        await scope.step(act)
+        await scope.step(act)
+
+    @saga(name="whole")
+    async def whole(scope: SagaScope) -> None:
+        number.set(1)
+        await scope.step(act)
+        await scope.parallel(branch.bind(2))
+        await scope.step(act)
+
+    async with Place(server, [whole]).worker() as engine:
+        await engine.run(whole, run_id="1")
+    assert seen == [1, -1, 2, -1, 2, -1, 1, -1]
 
 
 # --- tries ------------------------------------------------------------------------------------------

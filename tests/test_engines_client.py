@@ -238,7 +238,7 @@ async def test_d1_another_run_of_the_id_is_found_when_it_has_ended(monkeypatch):
     engine = RestateEngine([trip, trip_2])
     other = json.dumps({"saga": "trip", "version": "2", "args": '[["x"],{}]'})
     accepted = (202, {"status": "PreviouslyAccepted"})
-    ended = (200, {"call": other, "state": "completed", "value": "null", "error": None, "events": []})
+    ended = (200, {"call": other, "state": "completed", "value": "null", "error": None, "records": []})
     for known in ((200, b""), (500, b"no")):
         Answers(engine, monkeypatch, accepted, known, ended)
         with pytest.raises(OtherRun, match="run '1' is one of saga 'trip', version '2', not of 'trip'"):
@@ -261,7 +261,7 @@ async def test_a_run_that_completed_is_not_taken_back_later(monkeypatch):
     Answers(
         engine,
         monkeypatch,
-        (200, {"call": call, "state": "completed", "value": "null", "error": None, "events": []}),
+        (200, {"call": call, "state": "completed", "value": "null", "error": None, "records": []}),
     )
     outcome = await engine.outcome("1")
     assert outcome is not None

@@ -7,12 +7,13 @@ run at the same time, and a replay is faster than what it replays.
 
 The rules:
 
-- One task talks to Restate: the handler's. The saga runs in another; each of its effects *parks*, with
-  a request for the handler.
+- One task at a time talks to Restate: the handler's. The saga runs in another; each of its effects *parks*,
+  with a request for the handler. Only while there is one branch it asks for itself, since nobody else would.
 - The handler waits until every branch is parked. Then it sends the new requests, in the order of their
   paths, and takes one answer: the next one in the order in which Restate has them. It gives it to its
   branch, and begins anew. So what a branch does depends on nothing but the answers before.
-- An action runs in the task of its branch. What came of it is recorded before its branch goes on.
+- An action runs in a task that Restate's library starts for it, and what came of it is recorded before
+  its branch goes on (see ``_requests``).
 - What is under way is never cut off but by the end of the attempt: Restate cannot cancel one step.
 - An attempt that has ended (the connection is lost, the history is another one) lets nothing more
   happen: compensations neither.
@@ -24,14 +25,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import anyio
 import anyio.lowlevel
 import restate
-from restate.serde import BytesSerde
 
 from pysagas import (
     CallNext,
@@ -44,17 +44,17 @@ from pysagas import (
     StepState,
     outcome_of,
 )
-from pysagas.durable._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode_result
-from pysagas.durable._ends import Ends, undo_is_lost
+from pysagas.durable._codec import Codec, decode_error, encode_error, encode_result
+from pysagas.durable._ends import Ends
 from pysagas.durable._errors import NotRecordable, SagaChanged
-from pysagas.durable._events import Event, EventKind, RunState
+from pysagas.durable._events import Event, EventKind, Path, RunState
 from pysagas.durable._recalled import value_type
 from pysagas.durable._storage import Ending
 
+from ._requests import Pause, Request, Work, read, write
+
 __all__ = ["Attempt", "Retries", "refuse_time_limits"]
 
-Path = tuple[int, ...]
-Written = tuple[EventKind, bytes]
 Retries = Mapping[str, "restate.RunOptions[Any]"]
 
 CANCELLED = 409
@@ -76,33 +76,6 @@ class Cancelled(BaseException):
 
 class Abandoned(BaseException):
     """Raised wherever something would happen in an attempt that has ended. Sticky."""
-
-
-class _Go:
-    """The answer that there is nothing recorded."""
-
-
-GO = _Go()
-
-
-class Request:
-    """What a parked branch wants: that something is done, or to know what came of it."""
-
-    __slots__ = ("answer", "branch", "ended", "kept", "make", "order", "scope")
-
-    def __init__(self, branch: Path, order: tuple[Any, ...], make: Callable[[Request], Any]) -> None:
-        loop = asyncio.get_running_loop()
-        self.branch = branch
-        # Among those that are new: by their paths.
-        self.order = order
-        # Asks Restate for it; gives Restate's future.
-        self.make = make
-        # What is recorded, or GO.
-        self.answer: asyncio.Future[bytes | _Go] = loop.create_future()
-        # What came of it, to be recorded; and whether it is.
-        self.ended: asyncio.Future[bytes] = loop.create_future()
-        self.kept: asyncio.Future[bytes] | None = None
-        self.scope: anyio.CancelScope | None = None
 
 
 class Attempt:
@@ -130,11 +103,13 @@ class Attempt:
         self._run_id = run_id
         self._codec = codec
         self._retries = retries
-        self._ends = Ends(codec, saga.name)
-        # What has happened, as a journal would have it.
-        self.events: list[Event] = []
+        self.ends = Ends(codec, saga.name)
+        # What has happened, as it is recorded.
+        self.records: list[bytes] = []
         self._new: list[Request] = []
         self._in_flight: dict[Any, Request] = {}
+        # The tasks in which something is done.
+        self.acting: set[asyncio.Task[Any]] = set()
         # The run itself, and the members that are under way: how many requests are parked in each,
         # and how many members in its groups.
         self._parked: dict[Path, int] = {(): 0}
@@ -143,13 +118,19 @@ class Attempt:
         self._groups: set[Path] = set()
         self._unlimited: set[Path] = set()
         self._takes_groups_back = False
+        # Whether the only branch talks to Restate itself.
+        self._is_alone = False
         # Steps whose action returned what could not be recorded, and only an undo takes it back.
-        self._lost: set[Path] = set()
+        self.lost: set[Path] = set()
+        # Set, and counted, when something has happened in a branch.
         self._moved = asyncio.Event()
+        self._moves = 0
         self._cancelled: Cancelled | None = None
-        self._abandoned: Abandoned | None = None
-        # Why this attempt cannot go on.
+        # Raised wherever something would happen, once this attempt has ended.
+        self.abandoned: Abandoned | None = None
+        # Why this attempt cannot go on; found in a branch, which then cancels the handler's task.
         self._problem: BaseException | None = None
+        self._handler = asyncio.current_task()
 
     # --- in the task of the handler ------------------------------------------------------------------
 
@@ -160,7 +141,8 @@ class Attempt:
             BaseException: What ended this attempt, and not the run.
         """
         task = asyncio.ensure_future(self._run(args, kwargs))
-        task.add_done_callback(lambda _: self._moved.set())
+        task.add_done_callback(lambda _: self._move())
+        self._watch_for_standstill(-1)
         try:
             while True:
                 await self._all_parked(task)
@@ -170,11 +152,19 @@ class Attempt:
                 await self._take_answer()
         except BaseException:
             self._abandon()
-            task.cancel()
-            while not task.done():
+            under_way: set[asyncio.Future[Any]] = {task, *self.acting}
+            for one in under_way:
+                one.cancel()
+            while not all(one.done() for one in under_way):
                 # An action in a worker thread runs to its end: a later attempt must not meet it.
-                await asyncio.wait({task})
-            raise
+                await asyncio.wait(under_way)
+            if self._problem is None:
+                raise
+            assert self._handler is not None
+            self._handler.uncancel()
+            raise self._problem from None
+        finally:
+            self._watch.cancel()
         return self._ending(*task.result())
 
     async def _run(
@@ -205,11 +195,7 @@ class Attempt:
         while True:
             while not self._is_quiet(task):
                 self._moved.clear()
-                late = asyncio.get_running_loop().call_later(LONG, self._tell_who_is_not_parked)
-                try:
-                    await self._moved.wait()
-                finally:
-                    late.cancel()
+                await self._moved.wait()
             if self._takes_groups_back:
                 rounds, self._takes_groups_back = ROUNDS_BACK, False
             elif len(self._parked) == 1 and rounds == ROUNDS_FORWARD:
@@ -220,27 +206,35 @@ class Attempt:
                 return
 
     def _is_quiet(self, task: asyncio.Future[Any]) -> bool:
-        if self._problem is not None:
-            raise self._problem
-        return task.done() or all(
-            count or self._members.get(branch) for branch, count in self._parked.items()
+        return task.done() or (
+            not self._is_alone
+            and all(count or self._members.get(branch) for branch, count in self._parked.items())
         )
 
-    def _tell_who_is_not_parked(self) -> None:
+    def _move(self) -> None:
+        """Notes that something has happened in a branch."""
+        self._moves += 1
+        self._moved.set()
+
+    def _watch_for_standstill(self, moves: int) -> None:
+        """Looks now and then whether a branch waits, and for no step; `moves` is from the last look."""
         waits = [
             path for path, count in self._parked.items() if not count and not self._members.get(path)
         ]
-        logger.warning(
-            "%s: nothing goes on for %s s, as the code at %s waits for something that is no step; let "
-            "it wait in a step, and members of a group for nothing but their own steps",
-            self._run_id,
-            LONG,
-            ", ".join(map(str, waits)),
-        )
+        if waits and moves == self._moves:
+            logger.warning(
+                "%s: nothing goes on for %s s, as the code at %s waits for something that is no step; let "
+                "it wait in a step, and members of a group for nothing but their own steps",
+                self._run_id,
+                LONG,
+                ", ".join(map(str, waits)),
+            )
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(LONG, self._watch_for_standstill, self._moves)
 
     def _send(self) -> None:
         for request in sorted(self._new, key=lambda request: request.order):
-            self._in_flight[request.make(request)] = request
+            self._in_flight[request.ask(self._context)] = request
         self._new.clear()
 
     async def _take_answer(self) -> None:
@@ -250,24 +244,34 @@ class Attempt:
         Restate's library less: nothing can come of one of them before the others have ended, too.
         """
         in_flight = self._in_flight
+        for future in await self._completed(*in_flight, together=self._is_one_layer()):
+            request = in_flight.pop(future)
+            await self._keep(request, future)
+            self._parked[request.branch] -= 1
+            if request.order[1] == "compensation" and len(request.order[0]) > 1:
+                self._takes_groups_back = True
+            if not request.kept.done():  # else its branch was cut off, which ends this attempt
+                request.kept.set_result(None)
+
+    async def _keep(self, request: Request, future: Awaitable[Any]) -> None:
+        """Takes what Restate has recorded of a request; what was done in this attempt is known."""
+        if request.record is None:
+            request.record = await future
+        if request.record is not None:
+            self.records.append(request.record)
+
+    async def _completed(self, *futures: Any, together: bool = False) -> list[Any]:
+        """Waits for the next of Restate's futures, or for all; gives none where the run is cancelled."""
         try:
-            if self._is_one_layer():
-                await restate.gather(*in_flight)
-                done = list(in_flight)
-            else:
-                done, _ = await restate.wait_completed(*in_flight)
+            if together:
+                return await restate.gather(*futures)
+            done, _ = await restate.wait_completed(*futures)
         except restate.TerminalError as error:
             if error.status_code != CANCELLED:
                 raise
             self._cancelled = self._cancelled or Cancelled(f"run {self._run_id!r} was cancelled")
-            return
-        for future in done:
-            request = in_flight.pop(future)
-            answer = await future
-            self._parked[request.branch] -= 1
-            if request.order[1] == "compensation" and len(request.order[0]) > 1:
-                self._takes_groups_back = True
-            (request.answer if request.kept is None else request.kept).set_result(answer)
+            return []
+        return done
 
     def _is_one_layer(self) -> bool:
         if len(self._in_flight) < 2 or self._retries:
@@ -278,24 +282,27 @@ class Attempt:
             path[:-1] == group and its_kind == kind for path, its_kind, _ in orders
         )
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> Abandoned:
         """Lets nothing more happen in this attempt."""
-        self._abandoned = Abandoned("this attempt at the run has ended")
+        self.abandoned = self.abandoned or Abandoned("this attempt at the run has ended")
         for request in [*self._new, *self._in_flight.values()]:
-            if request.scope is not None:
-                request.scope.cancel()
-            for future in (request.answer, request.kept):
-                if future is not None and not future.done():
-                    future.set_exception(self._abandoned)
-                    future.exception()  # whoever waited for it may have gone
+            if not request.kept.done():
+                request.kept.set_exception(self.abandoned)
+                request.kept.exception()  # whoever waited for it may have gone
+        return self.abandoned
 
     # --- in the branches -----------------------------------------------------------------------------
 
-    async def _middleware(self, effect: Effect, call_next: CallNext) -> object:
-        if self._abandoned is not None:
-            raise self._abandoned
-        if effect.kind not in MEMBERS or effect.path[:-1] not in self._groups:
-            return await self._handle(effect, call_next)
+    # Not async, as a coroutine more would stand around all that a run awaits. (Type checkers do not agree
+    # on what that gives.)
+    def _middleware(self, effect: Effect, call_next: CallNext) -> Any:
+        if self.abandoned is not None:
+            raise self.abandoned
+        if effect.kind in MEMBERS and effect.path[:-1] in self._groups:
+            return self._member(effect, call_next)
+        return self._handle(effect, call_next)
+
+    async def _member(self, effect: Effect, call_next: CallNext) -> object:
         around = self._branch_of(effect.path[:-1])
         self._parked[effect.path] = 0
         self._members[around] = self._members.get(around, 0) + 1
@@ -304,25 +311,32 @@ class Attempt:
         finally:
             del self._parked[effect.path]
             self._members[around] -= 1
-            self._moved.set()
+            self._move()
 
-    async def _handle(self, effect: Effect, call_next: CallNext) -> object:
+    def _handle(self, effect: Effect, call_next: CallNext) -> Awaitable[object]:
         match effect.kind:
             case "action":
                 assert call_next.step is not None
-                return await self._action(effect, call_next, call_next.step)
+                options = self._retries.get(effect.name)
+                if options is None:
+                    return self._action(effect, call_next, call_next.step)
+                return self._tried_again(effect, call_next, call_next.step, options)
             case "compensation":
-                return await self._compensation(effect, call_next)
+                assert call_next.step is not None
+                return self._action(effect, call_next, call_next.step)
             case "group":
-                return await self._group(effect, call_next)
+                return self._group(effect, call_next)
             case "saga":
-                return await self._whole(effect, call_next)
+                return self._whole(effect, call_next)
             case "commit":
-                result = await call_next()
-                self._note(effect, [(EventKind.COMMITTED, b"")], time.time())
-                return result
+                return self._commit(effect, call_next)
             case _:
-                return await call_next()
+                return call_next()
+
+    async def _commit(self, effect: Effect, call_next: CallNext) -> object:
+        result = await call_next()
+        self.records.append(write(Event(EventKind.COMMITTED, effect.path, effect.name, at=time.time())))
+        return result
 
     async def _group(self, effect: Effect, call_next: CallNext) -> object:
         group = call_next.definition
@@ -338,8 +352,8 @@ class Attempt:
     async def _whole(self, effect: Effect, call_next: CallNext) -> object:
         refuse_time_limits(call_next.definition)
         result = await call_next()
-        if self._abandoned is not None:
-            raise self._abandoned
+        if self.abandoned is not None:
+            raise self.abandoned
         if self._cancelled is not None:
             raise self._cancelled  # it had nothing more to do, or has swallowed it
         if not effect.path:
@@ -349,17 +363,21 @@ class Attempt:
 
     # --- actions and compensations ---------------------------------------------------------------------
 
-    async def _action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
-        options = self._retries.get(effect.name)
+    def _action(
+        self, effect: Effect, call_next: CallNext, step: StepInHand, number: int = 1
+    ) -> Awaitable[object]:
+        return self._done(Work(self, self._branch_of(effect.path), effect, call_next, number), step)
+
+    async def _tried_again(
+        self, effect: Effect, call_next: CallNext, step: StepInHand, options: restate.RunOptions[Any]
+    ) -> object:
+        """Does an action for which there is one of Restate's policies."""
         in_doubt = False
         number = 0
         while True:
             number += 1
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            if self._cancelled is not None:
-                raise self._cancelled
             try:
-                return await self._try(effect, call_next, step, number)
+                return await self._action(effect, call_next, step, number)
             except Exception as error:
                 pause = _pause(options, number, error)
                 if pause is None:
@@ -367,37 +385,35 @@ class Attempt:
                         step.recall(StepState.UNKNOWN, error=error)  # an earlier try may have done it
                     raise
                 in_doubt = in_doubt or step.state is StepState.UNKNOWN
-                await self._sleep(effect, pause, number)
+                branch = self._branch_of(effect.path)
+                await self._recorded(Pause(branch, (effect.path, effect.kind, number), pause), effect)
 
-    async def _try(self, effect: Effect, call_next: CallNext, step: StepInHand, number: int) -> object:
-        answer: object = None
-        raised: BaseException | None = None
-
-        async def call() -> list[Written]:
-            nonlocal answer, raised
-            try:
-                answer = await call_next()
-                return [self._ends.returned(effect, step, answer)]
-            except BaseException as error:
-                if not self._is_its_own(error):
-                    raise
-                raised = error
-                return [self._ends.failed(effect, step, error)]
-
-        recorded = await self._durably(effect, number, EventKind.STARTED, call)
-        if recorded is not None:
-            return self._recall(effect, step, recorded[0])
+    async def _done(self, work: Work, step: StepInHand) -> object:
+        """Has something done and recorded, and gives what it returned, or raises; or recalls that."""
+        effect = work.effect
+        if effect.kind == "action":
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            if self._cancelled is not None:
+                raise self._cancelled
+        await self._recorded(work, effect)
+        assert work.record is not None
+        if not work.ran:
+            return self._recall(effect, step, read(work.record)[-1])
+        raised, work.raised = work.raised, None  # its traceback holds what holds it
         if raised is not None:
             try:
                 raise raised
             finally:
                 del raised
-        return answer
+        return work.value
 
-    def _recall(self, effect: Effect, step: StepInHand, written: Written) -> object:
-        kind, data = written
+    def _recall(self, effect: Effect, step: StepInHand, event: Event) -> object:
+        if effect.kind == "compensation":
+            if event.kind is EventKind.NOT_COMPENSATED:
+                raise decode_error(json.loads(event.data))
+            return None
         try:
-            ended = self._ends.read(effect, step, Event(kind, effect.path, effect.name, data))
+            ended = self.ends.read(effect, step, event)
         except SagaChanged as changed:
             self._fail(changed)
         state = ended.state
@@ -406,129 +422,74 @@ class Attempt:
             if step.compensation is not None:
                 state = StepState.UNKNOWN
             else:
-                self._lost.add(effect.path)
+                self.lost.add(effect.path)
         step.recall(state, result=ended.result, error=ended.error)
         if ended.error is not None:
             raise ended.error
         return ended.value
 
-    async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
-        result: object = None
-        raised: BaseException | None = None
+    async def _recorded(self, request: Request, effect: Effect) -> None:
+        """Waits until what is asked for is recorded."""
+        is_alone = not (request.branch or self._groups) and effect.kind == "action"
+        try:
+            # A sibling that fails does not cut this off.
+            with anyio.CancelScope(shield=True):
+                await (self._ask_alone(request) if is_alone else self._park(request))
+        except asyncio.CancelledError:
+            self._cut_off(effect)
 
-        async def call() -> list[Written]:
-            nonlocal result, raised
-            try:
-                if effect.path in self._lost:
-                    raise undo_is_lost(effect)
-                result = await call_next()
-            except BaseException as error:
-                if not self._is_its_own(error):
-                    raise
-                raised = error
-                return [(EventKind.NOT_COMPENSATED, json.dumps(encode_error(error)).encode())]
-            return [(EventKind.COMPENSATED, b"")]
+    async def _ask_alone(self, request: Request) -> None:
+        """Asks Restate for what the only branch there is wants, while the handler's task waits.
 
-        recorded = await self._durably(effect, 1, EventKind.COMPENSATING, call)
-        if recorded is not None and recorded[0][0] is EventKind.NOT_COMPENSATED:
-            raised = decode_error(json.loads(recorded[0][1]))
-        if raised is not None:
-            try:
-                raise raised
-            finally:
-                del raised
-        return result
-
-    def _is_its_own(self, error: BaseException) -> bool:
-        """Tells whether a step has raised it by itself; then its run fails by it.
-
-        A SystemExit is no order to this worker. A cancellation may be that of a future that was
-        awaited, and of nobody else.
+        To park, and to be told by that task, would give the same, and take longer.
         """
-        if not isinstance(error, asyncio.CancelledError):
-            return isinstance(error, Exception | SystemExit)
-        task = asyncio.current_task()
-        assert task is not None
-        return self._abandoned is None and not task.cancelling()
+        self._parked[()] = 1
+        self._is_alone = True
+        try:
+            future = request.ask(self._context)
+            while not await self._completed(future):
+                pass
+            await self._keep(request, future)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as problem:
+            self._fail(problem)
+        finally:
+            self._parked[()] = 0
+            self._is_alone = False
 
-    # --- parking ---------------------------------------------------------------------------------------
-
-    async def _durably(
-        self,
-        effect: Effect,
-        number: int,
-        begins: EventKind,
-        call: Callable[[], Awaitable[list[Written]]],
-    ) -> list[Written] | None:
-        """Does something and has it recorded, and gives None; or gives what is recorded of it."""
-        place = ".".join(map(str, effect.path))
-        name = f"{effect.kind} {effect.name} [{place}]{f' attempt {number}' if number > 1 else ''}"
-
-        def make(request: Request) -> Any:
-            async def run() -> bytes:
-                if not request.answer.done():
-                    request.answer.set_result(GO)
-                return await request.ended
-
-            return self._context.run_typed(name, run, restate.RunOptions(serde=BytesSerde()))
-
-        request = self._park(effect, number, make)
-        # A sibling that fails does not cut this off; the end of the attempt does.
-        with anyio.CancelScope(shield=True) as request.scope:
-            answer = await request.answer
-            if not isinstance(answer, _Go):
-                began, ended, written = _read(answer)
-                self.events.append(Event(begins, effect.path, effect.name, at=began))
-                self._note(effect, written, ended)
-                return written
-            request.kept = asyncio.get_running_loop().create_future()
-            began = time.time()
-            written = await call()
-            if self._abandoned is None:
-                ended = time.time()
-                request.ended.set_result(_write(began, ended, written))
-                await request.kept
-                self.events.append(Event(begins, effect.path, effect.name, at=began))
-                self._note(effect, written, ended)
-                return None
-        raise self._abandoned or Abandoned
-
-    async def _sleep(self, effect: Effect, pause: timedelta, number: int) -> None:
-        place = ".".join(map(str, effect.path))
-
-        def make(request: Request) -> Any:
-            del request
-            return self._context.sleep(pause, name=f"before attempt {number + 1} [{place}]")
-
-        request = self._park(effect, number, make)
-        with anyio.CancelScope(shield=True) as request.scope:
-            await request.answer
-            return
-        raise self._abandoned or Abandoned
-
-    def _park(self, effect: Effect, number: int, make: Callable[[Request], Any]) -> Request:
-        branch = self._branch_of(effect.path)
-        request = Request(branch, (effect.path, effect.kind, number - 1), make)
-        self._parked[branch] += 1
+    def _park(self, request: Request) -> asyncio.Future[None]:
+        """Hands a request to the handler; gives what waits until Restate has recorded what it asks for."""
+        request.kept = asyncio.get_running_loop().create_future()
+        self._parked[request.branch] += 1
         self._new.append(request)
-        self._moved.set()
-        return request
+        self._move()
+        return request.kept
+
+    def _cut_off(self, effect: Effect) -> NoReturn:
+        """Ends this attempt, where something has cancelled a branch that waits for Restate."""
+        if self.abandoned is not None:
+            raise self.abandoned
+        self._fail(
+            SagaDefinitionError(
+                f"saga {effect.saga!r} was cancelled while it waited for {effect.kind} {effect.name!r} at "
+                f"{effect.path}, by asyncio.timeout or the like: a replay could not keep such a limit; give "
+                "the step a timeout"
+            )
+        )
 
     def _branch_of(self, path: Path) -> Path:
         while path not in self._parked:
             path = path[:-1]
         return path
 
-    def _note(self, effect: Effect, written: list[Written], at: float) -> None:
-        self.events += [Event(kind, effect.path, effect.name, data, at) for kind, data in written]
-
     def _fail(self, problem: BaseException) -> NoReturn:
         """Ends this attempt, from a branch."""
-        self._problem = problem
-        self._abandon()
-        self._moved.set()
-        assert self._abandoned is not None
-        raise self._abandoned
+        if self.abandoned is None:
+            self._problem = problem
+            assert self._handler is not None
+            self._handler.cancel()  # it may wait for a step that takes long
+        raise self._abandon()
 
 
 def refuse_time_limits(part: Any) -> None:
@@ -557,12 +518,3 @@ def _pause(options: restate.RunOptions[Any] | None, number: int, error: Exceptio
     first = options.initial_retry_interval or timedelta(milliseconds=50)
     pause = first * (options.retry_interval_factor or 2.0) ** (number - 1)
     return min(pause, options.max_retry_interval or timedelta(seconds=10))
-
-
-def _write(began: float, ended: float, written: list[Written]) -> bytes:
-    return json.dumps([began, ended, [[kind.value, as_text(data)] for kind, data in written]]).encode()
-
-
-def _read(data: bytes) -> tuple[float, float, list[Written]]:
-    began, ended, written = json.loads(data)
-    return began, ended, [(EventKind(kind), as_bytes(text)) for kind, text in written]

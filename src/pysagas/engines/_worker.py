@@ -129,10 +129,7 @@ async def _attempt(
             "state": ending.state.value,
             "value": as_text(ending.value),
             "error": ending.error,
-            "events": [
-                [event.kind.value, event.path, event.name, as_text(event.data), event.at]
-                for event in attempt.events
-            ],
+            "records": [record.decode() for record in attempt.records],
         }
     )
     if ending.state is RunState.COMPLETED:

@@ -19,8 +19,6 @@ import anyio
 from pysagas import Outcome, Saga
 from pysagas.durable import (
     Codec,
-    Event,
-    EventKind,
     JSONCodec,
     OtherRun,
     RunState,
@@ -36,6 +34,7 @@ from pysagas.durable._codec import (
 )
 from pysagas.durable._journal import check_run
 from pysagas.durable._recalled import recalled
+from pysagas.durable._records import Events
 from pysagas.durable._storage import Ending
 
 from ._errors import EngineError, EngineUnavailable
@@ -138,6 +137,7 @@ class RestateEngine:
         self._ingress = ingress.rstrip("/")
         self._codec: Codec = JSONCodec() if codec is None else codec
         self._patience = patience
+        self._events = Events()
         self._app = make_app(
             name,
             self._read_call,
@@ -316,10 +316,7 @@ class RestateEngine:
         if call is not None:
             self._check_same(run_id, saga, call, as_bytes(recorded["call"]))
         ending = Ending(RunState(recorded["state"]), as_bytes(recorded["value"]), recorded["error"])
-        events = [
-            Event(EventKind(kind), tuple(path), name, as_bytes(data), at)
-            for kind, path, name, data, at in recorded["events"]
-        ]
+        events = [event for record in recorded["records"] for event in self._events.decode(record)]
 
         async def take_back() -> Outcome[T]:
             raise EngineError(
