@@ -6,6 +6,7 @@ import json
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -493,6 +494,69 @@ def test_d5_recorded_arguments_whose_type_has_changed_are_not_readable():
         "run 'r' of saga 's': its recorded arguments [[\"dear\"],{}] cannot be read: "
         f"{caught.value.__cause__}; has the type of a parameter changed since?"
     )
+
+
+class Unkeyed:
+    """An action that cannot be a key, with arguments."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, amount: Decimal) -> None: ...
+
+
+def test_d5_arguments_of_an_action_that_cannot_be_a_key():
+    """Whose annotations cannot be kept is asked each time, and as good (D5)."""
+    assert ((Decimal("1.5"),), {}) == came_back(Unkeyed(), Decimal("1.5"))
+
+
+class Counting:
+    """A codec that counts what it reads."""
+
+    def __init__(self, plain: tuple[type, ...] | None) -> None:
+        self.read = 0
+        if plain is not None:
+            self.plain = plain
+
+    def encode(self, value: object) -> bytes:
+        return CODEC.encode(value)
+
+    def decode(self, data: bytes, kind: Any) -> Any:
+        self.read += 1
+        return CODEC.decode(data, kind)
+
+
+def test_d5_what_is_plain_need_not_be_read_back():
+    """A codec may say which types come back for certain; whatever else is tried, and each type of another codec (D5)."""
+
+    def pay(to: str, amount: int) -> None: ...
+
+    def label(text: str | None) -> None: ...
+
+    def weigh(grams: float) -> None: ...
+
+    def tried(codec: Counting, function: Any, *args: Any) -> int:
+        before = codec.read
+        encode_arguments(codec, args, {}, function, "here")
+        return codec.read - before
+
+    ours = Counting(JSONCodec.plain)
+    assert (0, 0) == (tried(ours, pay, "ada", 7), tried(ours, None, None, True))
+    assert 0 < tried(ours, weigh, 1.5)
+    assert 0 < tried(ours, label, "fragile")  # of one of several types
+    assert 0 < tried(Counting(None), pay, "ada", 7)
+    with pytest.raises(NotRecordable, match="cannot be read: Expected `str`, got `int`"):
+        tried(ours, pay, 7, "ada")
+    for value, kind, reads in (
+        ("x", str, 0),
+        (None, type(None), 0),
+        (1, Any, 0),
+        (True, int, 1),
+        (1.5, Any, 1),
+    ):
+        codec = Counting(JSONCodec.plain)
+        with suppress(NotRecordable):
+            encode_result(codec, value, kind, lambda: "here")
+        assert reads == codec.read, value
 
 
 # --- codecs ---------------------------------------------------------------------------------------

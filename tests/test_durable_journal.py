@@ -175,6 +175,22 @@ async def test_d1_a_step_for_which_somebody_answered_is_recalled_as_it_was(journ
     }
 
 
+async def test_d5_what_somebody_answers_has_to_be_recordable(journal, shop):
+    """What a middleware gives in place of a result is refused as a result is, and the step taken back (D5)."""
+
+    async def wraps(effect: Any, call_next: Any) -> object:
+        result = await call_next()
+        return object() if effect.kind == "action" else result
+
+    whole = Saga([shop.step("a")], name="s", middleware=[wraps])
+    with pytest.raises(
+        NotRecordable, match="^what was answered for step 'a' of saga 's' gave <object "
+    ):
+        await journal.run(whole, run_id="r")
+
+    assert ["a", "-a"] == shop.log
+
+
 async def test_d1_a_recorded_outcome_has_the_tree_of_the_first(disk, shop):
     """An outcome from the journal shows groups, inner sagas and commits where the first did (D1)."""
     inner = Saga([shop.step("c")], name="inner")
