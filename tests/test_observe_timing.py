@@ -425,7 +425,7 @@ async def test_a_run_under_a_journal_is_timed(clock):
 @pytest.fixture
 def wall(clock, monkeypatch):
     """The clock of the journal."""
-    monkeypatch.setattr("pysagas.durable._middleware.time", SimpleNamespace(time=clock))
+    monkeypatch.setattr("pysagas.durable._memory.time", SimpleNamespace(time=clock))
     return clock
 
 
