@@ -31,13 +31,13 @@ from pysagas.durable import (
     SagaChanged,
     _codec,
 )
+from pysagas.durable._annotations import return_type
 from pysagas.durable._codec import (
     decode_arguments,
     decode_error,
     encode_arguments,
     encode_error,
     encode_result,
-    return_type,
 )
 
 CODEC = JSONCodec()

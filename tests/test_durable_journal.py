@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from copy import copy
@@ -1725,3 +1727,42 @@ async def test_runs_at_the_same_time_do_not_meet(journal, shop):
             gate.set()
 
     assert {number: number for number in range(20)} == outcomes
+
+
+class Request:
+    """What a run is about; it is given to nothing but this run."""
+
+    async def book(self, number: int) -> int:
+        return number
+
+    async def cancel(self, number: int) -> None:
+        raise AssertionError  # pragma: no cover - nothing is taken back
+
+    def as_function(self) -> Saga[..., Any]:
+        async def book(number: int) -> int:
+            return await self.book(number)
+
+        @saga(name="s")
+        async def whole(scope: SagaScope, number: int) -> int:
+            await scope.step(self.book, number, compensation=self.cancel)
+            return await scope.step(book, number, compensation=self.cancel)
+
+        return whole
+
+    def as_data(self) -> Saga[..., Any]:
+        return Saga([Step(self.book, self.cancel), Step(partial(self.book), self.cancel)], name="s")
+
+
+@pytest.mark.parametrize("build", [Request.as_function, Request.as_data])
+async def test_a_journal_keeps_nothing_alive_of_a_run_that_has_ended(journal, build):
+    """Steps may be closures, and methods of what one request has brought: neither is kept for the next."""
+    request = Request()
+    whole = build(request)
+    ended = await journal.run(whole, 1, run_id="r")
+    assert ended.state is SagaState.COMPLETED
+    alive = weakref.ref(request)
+
+    del request, whole, ended
+    gc.collect()
+
+    assert alive() is None

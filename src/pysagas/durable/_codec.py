@@ -7,14 +7,14 @@ import inspect
 import json
 import math
 import sys
-import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain, repeat
-from typing import Any, NamedTuple, Protocol, cast
+from itertools import chain
+from typing import Any, Protocol, cast
 
 from pysagas import Bound, CompensationFailed, Parallel, Saga, Step
 
+from ._annotations import ParameterTypes, parameter_types
 from ._errors import NotRecordable, RecordedError
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "encode_error",
     "encode_result",
     "function_of",
-    "return_type",
     "same_arguments",
     "text_of",
 ]
@@ -36,6 +35,8 @@ __all__ = [
 _Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 # What the arguments of a run are written as; made once, since a journal asks for it with each run.
 _CALL = tuple[list[Any], dict[str, Any]]
+# Where there is nobody to ask what arguments are, they are what JSON knows.
+_PLAIN = ParameterTypes((), Any, {}, Any)
 
 
 class Codec(Protocol):
@@ -115,50 +116,9 @@ def _holds_no_number(value: object) -> bool:
     return any(map(_holds_no_number, inner))
 
 
-# --- types --------------------------------------------------------------------------------------
+# --- whom to ask for types ------------------------------------------------------------------------
 
 
-def _without_partial(function: Any) -> Any:
-    while isinstance(function, partial):
-        function = cast("Any", function.func)
-    return function
-
-
-def _hints(function: Any) -> Mapping[str, Any]:
-    """Gives the resolved annotations of a function; of what cannot be resolved, none."""
-    function = _without_partial(function)
-    if not inspect.isroutine(function) and not inspect.isclass(function):
-        function = type(function).__call__
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    try:
-        return typing.get_type_hints(function)
-    except Exception:
-        return {}
-
-
-@lru_cache(maxsize=10_000)
-def _return_type(function: Any) -> Any:
-    made = _without_partial(function)
-    if inspect.isclass(made):
-        return made
-    kind = _hints(function).get("return", Any)
-    # A sync function that returns a coroutine says so.
-    origin = typing.get_origin(kind) or kind
-    if inspect.isclass(origin) and issubclass(origin, Awaitable):
-        return (Any, *typing.get_args(kind))[-1]
-    return type(None) if kind is None else kind
-
-
-def return_type(function: Callable[..., Any]) -> Any:
-    """Gives the type that a function says it returns; Any where it does not say."""
-    try:
-        return _return_type(function)
-    except TypeError:  # it cannot be hashed, so it is asked each time
-        return _return_type.__wrapped__(function)
-
-
-# The same one for the same saga, so that its annotations are read once.
-@lru_cache(maxsize=10_000)
 def function_of(part: Any) -> Callable[..., Any] | None:
     """Gives the function whose annotations tell what a saga's arguments are; None where there is none."""
     if isinstance(part, Step):
@@ -234,7 +194,7 @@ def encode_arguments(
             f"{place}: its arguments cannot be recorded: {error}; give plain values, dataclasses or "
             "msgspec structs, or give the journal a codec"
         ) from error
-    types = _parameter_types_of(function).by_position()
+    types = _types_of(function).by_position()
     if not kwargs and all(_is_plain(codec, value, kind) for value, kind in zip(args, types)):  # noqa: B905
         return data
     back = decode_arguments(codec, data, function, place)
@@ -261,7 +221,7 @@ def decode_arguments(
         NotRecordable: They cannot be read as what they are annotated with.
     """
     positional, named = codec.decode(data, _CALL)
-    types = _parameter_types_of(function)
+    types = _types_of(function)
     try:
         return (
             tuple(_typed(codec, value, kind) for value, kind in zip(positional, types.by_position())),  # noqa: B905
@@ -295,55 +255,8 @@ def _are_same(call: _Call, other: _Call) -> bool:
     return all(type(one) is type(another) and one == another for one, another in pairs)
 
 
-class _ParameterTypes(NamedTuple):
-    """The types of a function's parameters; Any for those that have none."""
-
-    positional: tuple[Any, ...]
-    rest: Any
-    named: Mapping[str, Any]
-    rest_named: Any
-
-    def by_position(self) -> Iterable[Any]:
-        """Gives the types of arguments by position, without an end."""
-        return chain(self.positional, repeat(self.rest))
-
-
-@lru_cache(maxsize=10_000)
-def _parameter_types(function: Any) -> _ParameterTypes:
-    hints = _hints(function)
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
-    rest: Any = Any
-    rest_named: Any = Any
-    for parameter in _parameters(function):
-        kind = hints.get(parameter.name, Any)
-        unpacked = typing.get_origin(kind) is typing.Unpack
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = Any if unpacked else kind
-        elif parameter.kind is not parameter.VAR_KEYWORD:
-            if parameter.kind is not parameter.KEYWORD_ONLY:
-                positional.append(kind)
-            if parameter.kind is not parameter.POSITIONAL_ONLY:
-                named[parameter.name] = kind
-        elif unpacked:  # **options: Unpack[Options], a TypedDict
-            named.update(typing.get_type_hints(typing.get_args(kind)[0]))
-        else:
-            rest_named = kind
-    return _ParameterTypes(tuple(positional), rest, named, rest_named)
-
-
-def _parameter_types_of(function: Any) -> _ParameterTypes:
-    try:
-        return _parameter_types(function)
-    except TypeError:  # it cannot be hashed, so it is asked each time
-        return _parameter_types.__wrapped__(function)
-
-
-def _parameters(function: Any) -> Iterable[inspect.Parameter]:
-    try:
-        return () if function is None else inspect.signature(function).parameters.values()
-    except ValueError:  # some of those written in C do not say
-        return ()
+def _types_of(function: Callable[..., Any] | None) -> ParameterTypes:
+    return _PLAIN if function is None else parameter_types(function)
 
 
 def _typed(codec: Codec, value: object, kind: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from pysagas import Effect, StepInHand, StepState
 
-from ._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode_result, return_type
+from ._annotations import return_type
+from ._codec import Codec, as_bytes, as_text, decode_error, encode_error, encode_result
 from ._errors import NotRecordable, SagaChanged
 from ._events import Event, EventKind
 

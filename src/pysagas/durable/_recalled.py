@@ -17,7 +17,8 @@ from pysagas import (
     attach_outcome,
 )
 
-from ._codec import Codec, decode_error, return_type
+from ._annotations import return_type
+from ._codec import Codec, decode_error
 from ._errors import Interrupted, RecordedError, RunInterrupted, SagaChanged
 from ._events import BACK, Event, EventKind, relevant
 from ._storage import Ending
