@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ SECTIONS = dict(re.findall(r"^## ([GD]\d+)\. (.+?)(?=^## |\Z)", TEXT, re.MULTILI
 ALL = [*(f"G{number}" for number in range(1, 16)), *(f"D{number}" for number in range(1, 10))]
 
 
+@cache
 def functions(path: Path) -> set[str]:
     """The names of the test functions of a file, those in classes included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ import anyio
 import pytest
 from anyio import CancelScope, create_task_group, fail_after, move_on_after
 from anyio.lowlevel import checkpoint
-from conftest import ASYNCIO, BACKENDS
+from conftest import ASYNCIO, BACKENDS, WITHOUT_DEBUG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mortal import Boom, Killed, MortalJournal, Shop, problems_of
@@ -406,6 +406,7 @@ def checked_against(clean: Shop, build: Build, on_crash: str) -> Any:
 @pytest.mark.anyio
 @pytest.mark.parametrize("on_crash", ["rollback", "resume"])
 @pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_d3_killed_at_any_boundary(build, on_crash):
     """Wherever a process dies, the next one leaves all as it was before, or completes it (D3)."""
     clean = await lived(build, (Death(),), on_crash, first_life)
@@ -471,6 +472,7 @@ async def life_with_a_later_rollback(shop: Shop, whole: Saga[..., Any]) -> None:
 @pytest.mark.parametrize(
     "build", [sequence, group_with_limit, function, branches], ids=lambda build: build.__name__
 )
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_d3_killed_at_any_boundary_of_a_later_rollback(build, on_crash):
     """A process that dies while a completed run is taken back leaves the rest to the next one (D3)."""
     clean = await lived(build, (Death(),), on_crash, first_life)
@@ -560,6 +562,7 @@ def stuck_function(shop: Shop, broken: Callable[[], bool]) -> Saga[..., Any]:
 @pytest.mark.parametrize(
     "build", [stuck_sequence, stuck_group, stuck_function], ids=lambda build: build.__name__
 )
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_d3_killed_at_any_boundary_of_a_run_that_is_tried_again(build):
     """A process that dies while it tries a failed run again leaves the rest to the next one (D3)."""
     stuck = Stuck(build)
@@ -641,6 +644,7 @@ async def killed_after_a_cancellation(build: Build, on_crash: str, way: Any) -> 
 @pytest.mark.anyio
 @pytest.mark.parametrize("on_crash", ["rollback", "resume"])
 @pytest.mark.parametrize("build", CANCELLED, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_d3_killed_in_a_rollback_that_a_scope_had_begun(build, on_crash):
     """A rollback that a cancelled scope began is ended by the next process, under either (D3)."""
     await killed_after_a_cancellation(build, on_crash, cancelled_by_a_scope)
@@ -782,7 +786,7 @@ def drawn_saga(case: Case, shop: Shop) -> Saga[..., Any]:
     return Saga(parts, name="s")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITHOUT_DEBUG)
 @settings(
     max_examples=int(os.environ.get("PYSAGAS_EXAMPLES", "2000")) if DEEP else 100,
     derandomize=not DEEP,

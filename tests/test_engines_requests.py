@@ -12,16 +12,18 @@ from typing import Any
 import anyio
 import pytest
 import restate
-from conftest import ASYNCIO
+from conftest import WITHOUT_DEBUG
 from imitation import Disconnected, Imitation, OtherHistory, imitate
 
 from pysagas import Commit, Parallel, Saga, SagaDefinitionError, SagaScope, Step, saga
 from pysagas.durable import EventKind, RunState, SagaChanged
 from pysagas.engines._requests import read
 
+ON_ASYNCIO = [parameter for parameter in WITHOUT_DEBUG if parameter.values[0][0] == "asyncio"]
+
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True),
+    pytest.mark.parametrize("anyio_backend", ON_ASYNCIO, indirect=True),
 ]
 
 

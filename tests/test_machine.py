@@ -19,7 +19,7 @@ import anyio
 import anyio.from_thread
 import pytest
 from choices import Run
-from conftest import BACKENDS
+from conftest import WITHOUT_DEBUG
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -225,7 +225,7 @@ def renamed(part: Part, prefix: str) -> Part:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITHOUT_DEBUG)
 def test_a_live_scope_is_at_each_moment_what_the_model_says(backend: Any) -> None:
     """G2, G7, G13, G14: after each call, caught or not, states and effects are as the model has them."""
     driven = type("Driven", (Machine,), {"backend": backend})
@@ -233,7 +233,7 @@ def test_a_live_scope_is_at_each_moment_what_the_model_says(backend: Any) -> Non
     run_state_machine_as_test(driven, settings=settled)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITHOUT_DEBUG)
 def test_a_function_goes_on_after_a_call_that_was_cut_off(backend: Any) -> None:
     """G2, G8: a call that is cancelled by a scope of its own, or fails, is taken back; the next one is made."""
     machine = type("Driven", (Machine,), {"backend": backend})()

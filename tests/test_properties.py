@@ -20,7 +20,7 @@ import anyio
 import pytest
 import trio.testing
 from choices import Run
-from conftest import BACKENDS
+from conftest import WITHOUT_DEBUG
 from hypothesis import HealthCheck, example, given, settings
 from reading import explains, group_name, holds_group, paths, read
 from strategies import Trial, safe_trials, trials
@@ -49,7 +49,7 @@ PROFILE = PROFILES[NAME]
 
 pytestmark = [
     pytest.mark.timeout({"default": 120, "deep": 0}[NAME]),
-    pytest.mark.parametrize("backend", BACKENDS),
+    pytest.mark.parametrize("backend", WITHOUT_DEBUG),
 ]
 
 PAYLOAD = ("payload",)

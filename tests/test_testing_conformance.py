@@ -134,7 +134,7 @@ async def problems(place: Memory, guarantees: str) -> dict[str, str]:
 
 async def test_a_place_that_forgets_is_found_out(anyio_backend, monkeypatch):
     """Without a journal, each check that takes one fails for a place that says that it has one."""
-    monkeypatch.setattr(checking, "_LIMIT", 1.0)  # some wait for what it never comes to
+    monkeypatch.setattr(checking, "_LIMIT", 0.3)  # some wait for what it never comes to
     found = await problems(Forgetful(), "D1 D2 D3 D4 D5")
 
     assert set(found) == {one.says for one in CHECKS if one.guarantee.startswith("D")}

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from anyio import CancelScope, Event, create_task_group, sleep_forever
 from anyio.lowlevel import checkpoint
-from conftest import ASYNCIO, BACKENDS
+from conftest import ASYNCIO, WITHOUT_DEBUG
 from helpers import on_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -877,7 +877,7 @@ def sagas(draw, depth=2):
     return lambda ledger: Saga([build(ledger) for build in top], middleware=[ledger.watch])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITHOUT_DEBUG)
 @settings(
     max_examples=25,
     deadline=None,
@@ -888,7 +888,6 @@ def sagas(draw, depth=2):
 def test_a_saga_that_is_right_survives_every_fault(backend, build):
     """The engine's own law: whatever goes wrong, everything that happened is taken back."""
     name, options = backend
-    options = {**options, **({"debug": False} if "debug" in options else {})}  # it is five times slower
 
     def trial():
         ledger = EffectsLedger()

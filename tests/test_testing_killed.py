@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from anyio import create_task_group, fail_after
 from anyio.lowlevel import checkpoint
+from conftest import WITHOUT_DEBUG
 from helpers import Boom
 from worlds import three_times
 
@@ -25,6 +26,7 @@ def kills(report: Any) -> set[FaultKind]:
     return {fault.kind for result in report.results for fault in result.plan.faults if fault.kind.kills}
 
 
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_a_right_saga_survives_being_killed_at_every_place():
     """D3: groups, branches that are ahead, caught failures, loops, a commit: all is taken back."""
 
@@ -219,6 +221,7 @@ def as_a_function() -> Trial:
 
 
 @pytest.mark.parametrize("trial", [with_a_group, as_a_function])
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_a_right_saga_survives_every_fault_beside_a_kill(trial, capfd):
     """D3: what fails or is cancelled before the process is killed, in it or in the next one; and all is quiet."""
     report = await explore(trial, pairs=True, kills=True)

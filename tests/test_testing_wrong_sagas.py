@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from anyio.lowlevel import checkpoint
+from conftest import WITHOUT_DEBUG
 from helpers import on_asyncio
 
 from pysagas import Parallel, Saga, SagaScope, Step, _demo, saga
@@ -314,6 +315,7 @@ async def test_what_is_done_twice_when_it_is_tried_again():
 # --- and a right one -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)
 async def test_the_demo_is_right(tmp_path: Path):
     """The order that ``python -m pysagas`` places survives every fault, past its commit too."""
     with _demo.open_shop(tmp_path / "shop.db") as (empty, _, port):
