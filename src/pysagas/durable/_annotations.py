@@ -55,7 +55,9 @@ def return_type(function: Callable[..., Any]) -> Any:
 
 def parameter_types(function: Callable[..., Any]) -> ParameterTypes:
     """Gives the types of the parameters that are left to give."""
-    function, given = _taken_apart(function)
+    given = _NOTHING
+    if type(function) is not FunctionType:
+        function, given = _taken_apart(function)
     try:
         return _parameter_types(ref(function), given)
     except TypeError:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Protocol, cast
 
-from pysagas import Bound, CompensationFailed, Parallel, Saga, Step
+from pysagas import Bound, CompensationFailed, Step
 
 from ._annotations import ParameterTypes, parameter_types
 from ._errors import NotRecordable, RecordedError
@@ -126,7 +126,7 @@ def function_of(part: Any) -> Callable[..., Any] | None:
     function = getattr(part, "function", None)
     if function is not None:
         return partial(function, None)  # without the scope
-    parts: Sequence[Any] = part.parts if isinstance(part, Saga | Parallel) else ()
+    parts: Sequence[Any] = getattr(part, "parts", ())
     for inner in parts:
         found = None if isinstance(inner, Bound) else function_of(inner)
         if found is not None:
