@@ -65,6 +65,7 @@ order = Saga([Step(reserve, release), Step(ship, call_back)], name="order")
 second = Saga([Step(reserve, release)], name="order", version="2")
 changed = Saga([Step(call_back, release), Step(ship, call_back)], name="order")
 gift = Saga([Step(reserve, release), Commit(), Step(ship, call_back)], name="gift")
+parcel = Saga([Step(reserve, release), Step(ship, undo=call_back)], name="parcel")
 
 listed = [order, second, gift]
 paired = (order, second)
@@ -755,7 +756,9 @@ def test_recover_going_on(journal, pysagas):
     )
     assert json.loads(pysagas(*capture)) == {
         "ok": True,
-        "recovered": [{"run_id": "order-3", "saga": "order", "state": "completed", "error": None}],
+        "recovered": [
+            {"run_id": "order-3", "saga": "order", "state": "completed", "error": None, "in_doubt": []}
+        ],
         "failed": [],
         "left": [],
         "in_progress": [],
@@ -782,6 +785,25 @@ def test_recover_without_the_saga(journal, pysagas):
     [left] = found["left"]
     assert left["state"] == "interrupted"
     assert "which was not given" in left["error"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_recover_of_a_step_that_stays_in_doubt(shop, pysagas, as_json):
+    """A step that had something to be taken back, and could not be asked, is for somebody to look at."""
+    crashed(shop, "sagas.db", (shop.parcel, "lamp", "parcel-1"))
+    recover = ("recover", "--journal", "sagas.db", "--app", "shop:parcel")
+    if as_json:
+        found = json.loads(run_json(*recover, status=1))
+        assert (False, ["ship"]) == (found["ok"], found["recovered"][0]["in_doubt"])
+    else:
+        out = pysagas(*recover, status=1)
+        assert "parcel-1  parcel  compensated  -\n" in out
+        assert out.endswith(
+            "IN DOUBT in run parcel-1: ship. Look whether it happened; nobody took it back.\n"
+        )
+    out = pysagas("show", "parcel-1", "--journal", "sagas.db")
+    assert "state    compensated: all was taken back, but for what is in doubt\n" in out
+    assert out.endswith("IN DOUBT (begun, and nobody knows what came of it): ship\n")
 
 
 def test_recover_that_fails(journal, pysagas):
@@ -994,7 +1016,7 @@ def test_what_an_app_can_be(journal, pysagas, name, backend):
         ),
         ("leaving:order", "importing 'leaving' raised SystemExit: 3 ("),
         ("garbled:order", "importing 'garbled' raised SyntaxError: "),
-        ("shop:nothing", "'shop' has no 'nothing'; sagas there: changed, gift, order, second"),
+        ("shop:nothing", "'shop' has no 'nothing'; sagas there: changed, gift, order, parcel, second"),
         ("shop:Container.nothing", "'shop' has no 'Container.nothing' "),
         (
             "shop:number",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Coroutine
@@ -12,6 +13,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum
 from functools import partial, wraps
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self, TypedDict
 from uuid import UUID
 
@@ -258,7 +260,7 @@ def test_d5_what_cannot_be_encoded_is_not_recordable(value):
     assert cause is not None
     assert str(caught.value) == (
         f"step 'book' of saga 'trip' at (2,) gave {value!r}, which cannot be recorded: {cause}; return "
-        "plain values, dataclasses or msgspec structs, or give the journal a codec"
+        "plain values, dataclasses or msgspec structs, or give the journal, or the engine, a codec"
     )
 
 
@@ -464,7 +466,7 @@ def test_d5_arguments_that_cannot_be_encoded_are_not_recordable():
     assert cause is not None
     assert str(caught.value) == (
         f"journal.run of saga 's': its arguments cannot be recorded: {cause}; give plain values, "
-        "dataclasses or msgspec structs, or give the journal a codec"
+        "dataclasses or msgspec structs, or give the journal, or the engine, a codec"
     )
 
 
@@ -544,7 +546,9 @@ def test_d5_what_is_plain_need_not_be_read_back():
     assert 0 < tried(ours, weigh, 1.5)
     assert 0 < tried(ours, label, "fragile")  # of one of several types
     assert 0 < tried(Counting(None), pay, "ada", 7)
-    with pytest.raises(NotRecordable, match="cannot be read: Expected `str`, got `int`"):
+    with pytest.raises(
+        NotRecordable, match="are not what its parameters are annotated with: Expected `str`, got `int`"
+    ):
         tried(ours, pay, 7, "ada")
     for value, kind, reads in (
         ("x", str, 0),
@@ -891,6 +895,49 @@ def test_d5_nothing_is_imported_for_a_recorded_exception(monkeypatch, tmp_path):
 
     assert (type(back), back.kind) == (RecordedError, kind)
     assert "never_to_be_imported" not in sys.modules
+
+
+PROGRAM = """
+import json, sys
+from pysagas.durable._codec import decode_error, encode_error
+
+class Declined(Exception): ...
+
+def main():
+    if sys.argv[1:]:
+        print(type(decode_error(json.loads(sys.argv[1]))) is Declined)
+    else:
+        print(json.dumps(encode_error(Declined("no"))))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_d5_an_exception_of_a_program_is_known_where_that_is_imported_and_the_other_way_round(tmp_path):
+    """What is `__main__` in one process is the module ``shop`` in the next one (D5)."""
+    (tmp_path / "shop.py").write_text(PROGRAM)
+    ways = [["shop.py"], ["-m", "shop"], ["-c", "import shop; shop.main()"]]
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    recorded = {run(*way) for way in ways}
+    assert [json.loads(one)["type"] for one in recorded] == ["shop:Declined"]
+    assert ["True\n"] * 3 == [run(*way, *recorded) for way in ways]
+
+
+def test_d5_a_module_of_the_name_of_the_program_is_not_taken_for_it(monkeypatch):
+    """The script ``json.py``, or what the package json installs as a program, is not the package (D5)."""
+    program = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    program.__file__ = "/somewhere/json.py"
+    recorded = encode_error(json.JSONDecodeError("no", "doc", 0))
+
+    assert _codec._class_of("json:JSONDecodeError") is json.JSONDecodeError
+    assert _codec._class_of("json:NotThere") is None
+    assert recorded["type"] == "json.decoder:JSONDecodeError"
 
 
 def test_d5_the_names_of_the_module_are_what_it_offers():

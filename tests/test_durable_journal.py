@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import re
 import time
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from copy import copy
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -500,6 +502,53 @@ async def test_d1_a_call_after_the_process_died_takes_the_run_back(disk, shop):
             assert {"a", "b"} == {step.name for step in outcome.steps}
 
     assert (set(), {"a": 1, "b": 1}) == (shop.there, shop.begun)
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+async def test_d1_a_step_that_stays_in_doubt_is_told(disk, shop, recovered):
+    """An undo alone cannot ask what came of its action: whoever recovers the run hears of it (D1, G3)."""
+    steps = [
+        shop.step("a"),
+        shop.step("tell", compensation=False),
+        shop.step("b", undo=True, compensation=False),
+    ]
+    await disk.killed(Saga(steps, name="s"), "b")
+    async with disk.process() as journal:
+        if recovered:
+            report = await journal.recover([Saga(steps, name="s")])
+            [ended] = report.recovered
+            assert (False, (ended,), ("b",)) == (
+                report.ok,
+                report.in_doubt,
+                tuple(step.name for step in ended.in_doubt),
+            )
+            error = ended.error
+        else:
+            with pytest.raises(RunInterrupted) as caught:
+                await journal.run(Saga(steps, name="s"), run_id="r")
+            error = caught.value
+    assert str(error) == (
+        "the process of run 'r' died, and the run has been taken back; but nobody knows what came of 'b' at "
+        "(2,): somebody has to look"
+    )
+
+
+async def test_what_has_nothing_to_be_taken_back_is_nobodys_business(disk, shop):
+    """A step without compensation and undo leaves nobody anything to do, wherever its process died."""
+    whole = Saga([shop.step("a"), shop.step("tell", compensation=False)], name="s")
+    await disk.killed(whole, "tell")
+    async with disk.process() as journal:
+        report = await journal.recover([whole])
+    assert (True, ()) == (report.ok, report.in_doubt)
+    outcome = report.recovered[0].outcome
+    assert outcome is not None
+    assert ["tell"] == [step.name for step in outcome.in_doubt]
+
+
+async def test_one_saga_is_no_list_of_sagas(journal, shop):
+    """Who gives `recover` a saga is told to put it in a list."""
+    with pytest.raises(TypeError, match="must be a list of sagas, not <Saga 's'>; put it in a list"):
+        await journal.recover(Saga([shop.step("a")], name="s"))
 
 
 async def test_d1_a_call_after_the_process_died_goes_on_if_told_to(disk, shop):
@@ -1403,6 +1452,23 @@ async def test_prune_forgets_what_has_ended_well(disk, shop):
             await journal.history("taken back")
 
     assert 4 == shop.begun["a"]
+
+
+@pytest.mark.parametrize(
+    "before", ["2020-01-01", None, True, math.nan, datetime(2020, 1, 1, tzinfo=UTC)]
+)
+async def test_pruning_before_what_is_no_number_is_refused(journal, shop, before):
+    """SQLite would take a text for later than every number: nothing is forgotten, and it is said what to give."""
+    await journal.run(Saga([shop.step("a")], name="s"), run_id="r")
+    with pytest.raises(TypeError, match=r"before must be a number, .* of a datetime.*timestamp\(\)"):
+        await journal.prune(before=before)
+    assert ["r"] == [info.run_id for info in await journal.runs()]
+
+
+async def test_runs_of_a_state_that_is_none_are_not_looked_for(journal):
+    """The value of a state is not the state: no run would be found."""
+    with pytest.raises(TypeError, match=r"state must be one of RunState.RUNNING, .* not 'completed'"):
+        await journal.runs(state="completed")
 
 
 # --- Outcome.rollback -----------------------------------------------------------------------------------

@@ -165,7 +165,9 @@ def show(run_id: RunArgument, journal: JournalOption, as_json: JSONOption = Fals
         return FINE
     say(f"run      {info.run_id}")
     say(f"saga     {saga_of(info)}")
-    say(f"state    {WORDS[state_of(info)]}")
+    in_doubt = [line.name for line in lines if line.in_doubt]
+    but = ", but for what is in doubt" if in_doubt and info.state is RunState.COMPENSATED else ""
+    say(f"state    {WORDS[state_of(info)]}{but}")
     say(f"started  {local_time(info.started)}")
     say(f"ended    {local_time(info.ended)}")
     if info.error is not None:
@@ -173,7 +175,6 @@ def show(run_id: RunArgument, journal: JournalOption, as_json: JSONOption = Fals
     if lines:
         say("")
         print_table(STEP_COLUMNS, step_rows(info, lines), cut=CUT_STEP_COLUMNS)
-    in_doubt = [line.name for line in lines if line.in_doubt]
     if in_doubt:
         say(f"\nIN DOUBT (begun, and nobody knows what came of it): {', '.join(in_doubt)}")
     return FINE
@@ -272,6 +273,7 @@ def recover(
                     "saga": one.saga,
                     "state": one.state.value if name != "left" else State.INTERRUPTED.value,
                     "error": told(one.error),
+                    "in_doubt": [step.name for step in one.in_doubt],
                 }
                 for one in group
             ]
@@ -294,6 +296,11 @@ def recover(
             print_table(("RUN", "SAGA", "NOW", "ERROR"), rows, cut=("RUN", "SAGA", "ERROR"))
         else:
             say("Nothing to recover.")
+        for one in report.in_doubt:
+            names = ", ".join(step.name for step in one.in_doubt)
+            say(
+                f"\nIN DOUBT in run {one.run_id}: {names}. Look whether it happened; nobody took it back."
+            )
         if report.failed:
             say("\nMend what made them fail, then try each again: pysagas retry RUN --app MODULE:NAME")
     return FINE if report.ok else LEFT_TO_DO

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from pysagas import Bound, CompensationFailed, Step
@@ -154,7 +155,7 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
     except Exception as error:
         raise NotRecordable(
             f"{place()} gave {value!r}, which cannot be recorded: {error}; return plain values, "
-            "dataclasses or msgspec structs, or give the journal a codec"
+            "dataclasses or msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     if _is_plain(codec, value, kind):
         return data
@@ -192,12 +193,18 @@ def encode_arguments(
     except Exception as error:
         raise NotRecordable(
             f"{place}: its arguments cannot be recorded: {error}; give plain values, dataclasses or "
-            "msgspec structs, or give the journal a codec"
+            "msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     types = _types_of(function).by_position()
     if not kwargs and all(_is_plain(codec, value, kind) for value, kind in zip(args, types)):  # noqa: B905
         return data
-    back = decode_arguments(codec, data, function, place)
+    try:
+        back = _read_arguments(codec, data, function)
+    except Exception as error:
+        raise NotRecordable(
+            f"{place}: its arguments {args!r}, {dict(kwargs)!r} are not what its parameters are annotated "
+            f"with: {error}"
+        ) from error
     if not _are_same((args, kwargs), back):
         raise NotRecordable(
             f"{place}: its arguments {args!r}, {dict(kwargs)!r} would come back as {back[0]!r}, "
@@ -220,21 +227,25 @@ def decode_arguments(
     Raises:
         NotRecordable: They cannot be read as what they are annotated with.
     """
-    positional, named = codec.decode(data, _CALL)
-    types = _types_of(function)
     try:
-        return (
-            tuple(_typed(codec, value, kind) for value, kind in zip(positional, types.by_position())),  # noqa: B905
-            {
-                name: _typed(codec, value, types.named.get(name, types.rest_named))
-                for name, value in named.items()
-            },
-        )
+        return _read_arguments(codec, data, function)
     except Exception as error:
         raise NotRecordable(
             f"{place}: its recorded arguments {data.decode(errors='replace')} cannot be read: {error}; "
             "has the type of a parameter changed since?"
         ) from error
+
+
+def _read_arguments(codec: Codec, data: bytes, function: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    positional, named = codec.decode(data, _CALL)
+    types = _types_of(function)
+    return (
+        tuple(_typed(codec, value, kind) for value, kind in zip(positional, types.by_position())),  # noqa: B905
+        {
+            name: _typed(codec, value, types.named.get(name, types.rest_named))
+            for name, value in named.items()
+        },
+    )
 
 
 def same_arguments(
@@ -280,7 +291,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     """Gives what is recorded of an exception: enough to make it again, or at least to name it."""
     kind = type(error)
     recorded: dict[str, Any] = {
-        "type": f"{kind.__module__}:{kind.__qualname__}",
+        "type": f"{_module_of(kind)}:{kind.__qualname__}",
         "is_exception": isinstance(error, Exception),
         "text": text_of(error),
         "notes": list(getattr(error, "__notes__", ())),
@@ -382,15 +393,37 @@ def decode_error(recorded: Mapping[str, Any]) -> BaseException:
 
 
 def _rebuilt(recorded: Mapping[str, Any]) -> BaseException | None:
-    module, _, name = recorded["type"].partition(":")
-    kind: Any = sys.modules.get(module)
-    for part in name.split("."):
-        kind = getattr(kind, part, None)
+    kind = _class_of(recorded["type"])
     if "errors" in recorded:
         errors = [decode_error(one) for one in recorded["errors"]]
         group = _made(kind, [recorded["text"], errors], recorded["fields"])
         return BaseExceptionGroup(recorded["text"], errors) if group is None else group
     return _made(kind, [_decode_argument(one) for one in recorded["args"]], recorded["fields"])
+
+
+# The file of a program is `__main__` where it is run, and has a name of its own where it is imported: by
+# the command, by a worker, by the next version of the program. Recorded is what it has everywhere.
+def _name_of_main() -> str:
+    main = sys.modules["__main__"]
+    spec = main.__spec__  # where it is run by `python -m`
+    return Path(getattr(main, "__file__", "__main__")).stem if spec is None else spec.name
+
+
+def _module_of(kind: type) -> str:
+    return _name_of_main() if kind.__module__ == "__main__" else kind.__module__
+
+
+def _class_of(recorded: str) -> Any:
+    """Finds a recorded class, if it is loaded; gives None where it is not."""
+    module, _, name = recorded.partition(":")
+    places = [module] if module != _name_of_main() else ["__main__", module]
+    for place in places:
+        kind: Any = sys.modules.get(place)
+        for part in name.split("."):
+            kind = getattr(kind, part, None)
+        if kind is not None:
+            return kind
+    return None
 
 
 def _made(kind: Any, args: list[Any], fields: Mapping[str, Any]) -> BaseException | None:

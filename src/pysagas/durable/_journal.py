@@ -18,6 +18,7 @@ from pysagas import (
     Outcome,
     Saga,
     SagaState,
+    StepReport,
     outcome_of,
 )
 
@@ -41,7 +42,15 @@ from ._errors import (
 )
 from ._events import FROM_COMMIT, Event, EventKind, RunInfo, RunState
 from ._middleware import RunMiddleware
-from ._recalled import Reported, compensated, exception_types, leaves, recalled, taken_back
+from ._recalled import (
+    Reported,
+    compensated,
+    exception_types,
+    leaves,
+    left_in_doubt,
+    recalled,
+    taken_back,
+)
 from ._storage import Claim, Ending, RunGone, Storage, Stored
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
@@ -75,6 +84,14 @@ class Recovered:
     outcome: Outcome[Any] | None = field(default=None, repr=False)
     error: BaseException | None = None
 
+    @property
+    def in_doubt(self) -> tuple[StepReport, ...]:
+        """The steps that had something to be taken back, and could not be asked: somebody has to look.
+
+        Such is a step with an `undo` alone, whose process died before the result of its action was known.
+        """
+        return left_in_doubt(self.outcome)
+
 
 @dataclass(frozen=True, slots=True)
 class RecoveryReport:
@@ -94,9 +111,14 @@ class RecoveryReport:
     in_progress: tuple[str, ...] = ()
 
     @property
+    def in_doubt(self) -> tuple[Recovered, ...]:
+        """Those that have ended, and have left steps in doubt: see `Recovered.in_doubt`."""
+        return tuple(one for one in (*self.recovered, *self.failed) if one.in_doubt)
+
+    @property
     def ok(self) -> bool:
-        """Whether nothing is left to do for anybody."""
-        return not (self.failed or self.left)
+        """Whether nothing is left to do for anybody, nor to look at."""
+        return not (self.failed or self.left or self.in_doubt)
 
 
 class Journal(Storage):
@@ -301,6 +323,10 @@ class Journal(Storage):
             state: Only those that stand so.
             since: Only those that had not ended before this time, in seconds since the epoch.
         """
+        given: object = state
+        if not isinstance(given, RunState | None):
+            states = ", ".join(map(str, RunState))
+            raise TypeError(f"journal.runs: state must be one of {states}, not {given!r}")
         runs = await self._list(-math.inf if since is None else since)
         return [info for info in runs if state is None or info.state is state]
 
@@ -334,7 +360,16 @@ class Journal(Storage):
 
         Returns:
             How many were forgotten.
+
+        Raises:
+            TypeError: It is no number. Nothing is forgotten.
         """
+        given: object = before
+        if not isinstance(given, int | float) or isinstance(given, bool) or math.isnan(given):
+            raise TypeError(
+                f"journal.prune: before must be a number, in seconds since the epoch, not {before!r}; of a "
+                "datetime, that is its timestamp()"
+            )
         return await self._prune(before)
 
     # --- how -----------------------------------------------------------------------------------
@@ -715,6 +750,11 @@ def _cancellation_in(error: BaseException) -> BaseException | None:
 
 def _by_name(sagas: Iterable[AnySaga]) -> dict[tuple[str, str | None], AnySaga]:
     known: dict[tuple[str, str | None], AnySaga] = {}
+    whole: object = sagas
+    if isinstance(whole, Saga):
+        raise TypeError(
+            f"journal.recover: sagas must be a list of sagas, not {sagas!r}; put it in a list"
+        )
     for saga in sagas:
         given: object = saga
         if not isinstance(given, Saga):

@@ -29,6 +29,7 @@ __all__ = [
     "compensated",
     "exception_types",
     "leaves",
+    "left_in_doubt",
     "recalled",
     "taken_back",
     "value_type",
@@ -165,9 +166,23 @@ def taken_back(run_id: str, outcome: Outcome[Any] | None) -> RunInterrupted:
         what = "it had passed its commit, and what came after that was taken back; retry goes on from there"
         if any(step.state is StepState.COMPENSATION_FAILED for step in outcome.steps):
             what = "not everything could be taken back: its outcome says what is left"
+    in_doubt = left_in_doubt(outcome)
+    if in_doubt:
+        steps = ", ".join(f"{step.name!r} at {step.path}" for step in in_doubt)
+        what += f"; but nobody knows what came of {steps}: somebody has to look"
     error = RunInterrupted(f"{cause}, and {what}")
     error.outcome = outcome
     return error
+
+
+def left_in_doubt(outcome: Outcome[Any] | None) -> tuple[StepReport, ...]:
+    """Gives the steps of a run that had something to be taken back, and of which nobody knows whether."""
+    if outcome is None or not outcome.in_doubt:
+        return ()
+    owed = {
+        node.path for node in outcome.tree if node.undo is not None or node.compensation is not None
+    }
+    return tuple(step for step in outcome.in_doubt if step.path in owed)
 
 
 def _why_cut_off(run_id: str, error: BaseException | None) -> str:
