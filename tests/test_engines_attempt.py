@@ -621,7 +621,7 @@ async def test_d1_an_id_belongs_to_one_call(anyio_backend, server):
 
 
 async def test_a_saga_that_no_worker_knows(anyio_backend, server):
-    """Of a run that has done nothing yet, that no worker has its saga is said at once."""
+    """That no worker has its saga is said before the run is started, and its id may be used when one has."""
     shop = Shop()
     known, unknown = Saga([shop.step("a")], name="known"), Saga([shop.step("b")], name="unknown")
     place = Place(server, [known])
@@ -629,3 +629,23 @@ async def test_a_saga_that_no_worker_knows(anyio_backend, server):
         with pytest.raises(EngineError, match="saga 'unknown' is none of those given to"):
             await place.make([known, unknown]).run(unknown, "x", run_id="1")
     assert shop.log == []
+    async with place.worker(place.make([known, unknown])) as engine:
+        outcome = await engine.run(unknown, "x", run_id="1")
+    assert outcome.state is SagaState.COMPLETED
+
+
+async def test_a_run_waits_for_a_worker_that_knows_its_saga(anyio_backend, server, monkeypatch):
+    """A worker that is behind loses no run that reaches it: the next one has it."""
+    shop = Shop()
+    known, unknown = Saga([shop.step("a")], name="known"), Saga([shop.step("b")], name="unknown")
+    place = Place(server, [known])
+    client = place.make([known, unknown])
+    client._served.add(("unknown", None))  # as it was told by another worker
+    async with place.worker():
+        await client.submit(unknown, "x", run_id="1")
+        with anyio.move_on_after(1):
+            await client.run(unknown, "x", run_id="1")
+        assert await client.outcome("1") is None
+    async with place.worker(client):
+        outcome = await client.run(unknown, "x", run_id="1")
+    assert outcome.state is SagaState.COMPLETED

@@ -85,6 +85,52 @@ def test_a_policy_that_a_replay_could_not_keep_is_refused():
         RestateEngine([trip], retries={"book": restate.RunOptions(max_duration=timedelta(1))})
 
 
+TWICE = restate.RunOptions(max_attempts=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sagas": trip}, TypeError, "must be a list of sagas, not <Saga 'trip'>; put it in a list"),
+        ({"name": ""}, ValueError, "name must be a letter, and then .*; not ''"),
+        ({"name": "My Shop"}, ValueError, "as Restate names services; not 'My Shop'"),
+        ({"name": None}, ValueError, "not None"),
+        (
+            {"ingress": "localhost:8080"},
+            ValueError,
+            "a URL like http://127.0.0.1:8080, not 'localhost:8080'",
+        ),
+        ({"ingress": None}, ValueError, "ingress must be a URL"),
+        ({"longest_step": 5}, TypeError, "longest_step must be a timedelta above 0, not 5"),
+        ({"retention": "30d"}, TypeError, "retention must be a timedelta above 0, not '30d'"),
+        ({"retention": timedelta(0)}, TypeError, "retention must be a timedelta above 0"),
+        ({"patience": timedelta(1)}, TypeError, "patience must be a number of seconds, not datetime"),
+        ({"patience": True}, TypeError, "patience must be a number of seconds, not True"),
+        (
+            {"retries": {"book": 3}},
+            TypeError,
+            "policy of step 'book' must be restate.RunOptions, not 3",
+        ),
+        (
+            {"retries": {"bock": TWICE}},
+            ValueError,
+            "a policy for 'bock', .*steps there: 'book', 'tell'",
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, error, message):
+    """What the server, or the first call, would refuse is refused here, where it is written."""
+    inner = Saga([trip, Step(book, name="tell").bind("x")], name="inner")
+    with pytest.raises(error, match=message):
+        RestateEngine(**{"sagas": [Saga([Parallel(inner)])], **options})
+
+
+def test_a_policy_for_a_step_that_a_function_may_run():
+    """What steps a function runs is not known before it does."""
+    RestateEngine([by_function, Saga([Step(book)])], retries={"who knows": TWICE})
+    RestateEngine([Saga([by_function], name="around")], retries={"who knows": TWICE})
+
+
 @pytest.mark.parametrize("missing", ["httpx", "restate"])
 def test_what_to_install(missing, monkeypatch):
     """Without Restate's library, or that for HTTP, it says what to install."""
@@ -208,6 +254,12 @@ async def test_what_the_server_refuses_is_said(monkeypatch):
         EngineError, match="trip' was not started: .* answers 404: service 'pysagas' not"
     ):
         await engine.run(trip, "x", run_id="1")
+    Answers(engine, monkeypatch, (404, b""))
+    with pytest.raises(EngineError, match="answers 404: nothing; is that its ingress, port 8080"):
+        await engine.run(trip, "x", run_id="1")
+    Answers(engine, monkeypatch, (404, {"message": "invocation not found"}))
+    with pytest.raises(EngineError, match="^there is no run '1': .* answers 404: invocation not found"):
+        await engine.outcome("1")
     Answers(engine, monkeypatch, (503, b"<html>"))
     with pytest.raises(EngineError, match="answers 503: <html>"):
         await engine.outcome("1")
@@ -240,7 +292,8 @@ async def test_d1_another_run_of_the_id_is_found_when_it_has_ended(monkeypatch):
     accepted = (202, {"status": "PreviouslyAccepted"})
     ended = (200, {"call": other, "state": "completed", "value": "null", "error": None, "records": []})
     for known in ((200, b""), (500, b"no")):
-        Answers(engine, monkeypatch, accepted, known, ended)
+        Answers(engine, monkeypatch, (200, b""), accepted, known, ended)
+        engine._served.clear()
         with pytest.raises(OtherRun, match="run '1' is one of saga 'trip', version '2', not of 'trip'"):
             await engine.run(trip, "x", run_id="1")
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import anyio
 import restate
 from restate.serde import BytesSerde
-from restate.server_context import restate_context_is_replaying
 
 from pysagas import Saga
 from pysagas.durable import Codec, RunState
@@ -96,6 +95,15 @@ def make_app(
         given = await context.get("call", RAW)
         return b"" if given is None else given
 
+    @workflow.handler(name="check", input_serde=RAW, output_serde=RAW)
+    async def check(context: restate.WorkflowSharedContext, call: bytes) -> bytes:
+        del context
+        try:
+            read_call(call)
+        except Exception as error:
+            raise restate.TerminalError(str(error)) from error
+        return b""
+
     @workflow.handler(name="cancel", input_serde=RAW, output_serde=RAW)
     async def cancel(context: restate.WorkflowSharedContext, nothing: bytes) -> bytes:
         del nothing
@@ -105,7 +113,7 @@ def make_app(
         context.cancel_invocation(invocation.decode())
         return invocation
 
-    del run, call_of_run, cancel  # the workflow has them
+    del run, call_of_run, check, cancel  # the workflow has them
     return _on_asyncio(cast("ASGIApp", restate.app([workflow])))
 
 
@@ -115,12 +123,8 @@ async def _attempt(
     """Makes an attempt at a run; gives its outcome, or raises it where it failed."""
     context.set("call", call, RAW)
     context.set("id", context.request().id.encode(), RAW)
-    try:
-        saga, args, kwargs = read_call(call)
-    except Exception as error:
-        if restate_context_is_replaying.get():
-            raise  # something has happened: that is kept for a worker that knows the saga
-        raise restate.TerminalError(str(error)) from error
+    # What this worker cannot read, another one may: this attempt ends, and the next one may be there.
+    saga, args, kwargs = read_call(call)
     attempt = Attempt(context, saga, context.key(), codec, retries)
     ending = await attempt.carry_out(args, kwargs)
     outcome = json.dumps(

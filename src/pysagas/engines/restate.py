@@ -7,7 +7,8 @@ that run in memory and with a journal; what is different here, `RestateEngine` s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
 from importlib import import_module
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 import anyio
 
-from pysagas import Outcome, Saga
+from pysagas import Outcome, Saga, Step
 from pysagas.durable import (
     Codec,
     JSONCodec,
@@ -54,8 +55,11 @@ AnySaga = Saga[..., Any]
 OK, NOT_FOUND = 200, 404
 NOT_YET = 470  # what Restate answers when asked for the outcome of a run that has not ended
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
-# How long a worker may take to tell with which arguments a run was started.
+# How long a worker may take to tell with which arguments a run was started; and whether it knows a saga.
 CALL_TIMEOUT = 5.0
+CHECK_TIMEOUT = 2.0
+# What Restate takes for the name of a service.
+NAME = re.compile(r"([a-zA-Z]|_[a-zA-Z0-9])[a-zA-Z0-9._-]*")
 
 
 class RestateEngine:
@@ -103,8 +107,9 @@ class RestateEngine:
 
         Raises:
             ImportError: restate-sdk or httpx is not installed.
-            TypeError: What is given is no saga.
-            ValueError: Two sagas have the same name and version; a policy has a ``max_duration``.
+            TypeError: What is given is no saga, no policy, or no length of time.
+            ValueError: Two sagas have the same name and version; a policy has a ``max_duration``, or is
+                for no step of these sagas; the name, or the ingress, cannot be one.
             SagaDefinitionError: A saga has a limit for its rollback.
         """
         try:
@@ -116,6 +121,12 @@ class RestateEngine:
                 f"RestateEngine needs {error.name}, which is not installed: "
                 'pip install "pysagas[restate]"'
             ) from error
+        whole: object = sagas
+        if isinstance(whole, Saga):
+            raise TypeError(
+                f"RestateEngine: sagas must be a list of sagas, not {sagas!r}; put it in a list"
+            )
+        _check_options(name, ingress, longest_step, retention, patience)
         self._sagas: dict[tuple[str, str | None], AnySaga] = {}
         for saga in sagas:
             if not isinstance(saga, Saga):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -127,17 +138,14 @@ class RestateEngine:
                 )
             refuse_time_limits(saga)
         self._retries = dict(retries or {})
-        for step, options in self._retries.items():
-            if options.max_duration is not None or options.max_retry_duration is not None:
-                raise ValueError(
-                    f"RestateEngine: the policy of step {step!r} has a max_duration, which a replay could "
-                    "not keep; give it max_attempts"
-                )
+        _check_policies(self._retries, self._sagas.values())
         self._name = name
         self._ingress = ingress.rstrip("/")
         self._codec: Codec = JSONCodec() if codec is None else codec
         self._patience = patience
         self._events = Events()
+        # The sagas that a worker has said it knows.
+        self._served: set[tuple[str, str | None]] = set()
         self._app = make_app(
             name,
             self._read_call,
@@ -277,6 +285,7 @@ class RestateEngine:
         data = encode_arguments(self._codec, args, kwargs, function_of(saga), place)
         saga.check_call(args, kwargs, f"{{}}.{what}")
         call = json.dumps({"saga": saga.name, "version": saga.version, "args": as_text(data)}).encode()
+        await self._check_worker(saga, call, run_id, place)
         answer = await self._ask("POST", f"{self._key(run_id)}/run/send", call)
         if answer.status_code not in (200, 202):
             self._refused(answer, f"{place} was not started")
@@ -286,6 +295,19 @@ class RestateEngine:
                 if known.status_code == OK and known.content:
                     self._check_same(run_id, saga, call, known.content)
         return call
+
+    async def _check_worker(self, saga: AnySaga, call: bytes, run_id: str, place: str) -> None:
+        """Makes sure, before the first run of a saga, that the workers know it, if there is one.
+
+        A run that no worker knows would wait at the server for one that does, and its caller with it.
+        """
+        identity = (saga.name, saga.version)
+        if identity not in self._served:
+            with anyio.move_on_after(CHECK_TIMEOUT):
+                answer = await self._ask("POST", f"{self._key(run_id)}/check", call)
+                if answer.status_code != OK:
+                    self._refused(answer, f"{place} was not started")
+                self._served.add(identity)
 
     def _check_same(self, run_id: str, saga: AnySaga, call: bytes, known: bytes) -> None:
         if call == known:
@@ -335,14 +357,15 @@ class RestateEngine:
             recorded: dict[str, Any] = said
             _ = recorded["state"]
         except (ValueError, KeyError, TypeError):  # from something else than our worker
-            self._refused(answer, f"run {run_id!r}")
+            no = "there is no " if answer.status_code == NOT_FOUND else ""
+            self._refused(answer, f"{no}run {run_id!r}")
         return recorded
 
     def _refused(self, answer: httpx.Response, what: str) -> NoReturn:
         try:
             said = answer.json()["message"]
         except (ValueError, KeyError, TypeError):
-            said = answer.text
+            said = answer.text or "nothing; is that its ingress, port 8080 by default?"
         raise EngineError(f"{what}: Restate at {self._ingress} answers {answer.status_code}: {said}")
 
     def _key(self, run_id: str) -> str:
@@ -378,6 +401,59 @@ class RestateEngine:
                         ) from error
                 await anyio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _check_options(
+    name: object, ingress: object, longest_step: object, retention: object, patience: object
+) -> None:
+    """Refuses at once what Restate, or the first call, would refuse later, and elsewhere."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"RestateEngine: name must be a letter, and then letters, digits, '.', '_' or '-', as Restate "
+            f"names services; not {name!r}"
+        )
+    if not isinstance(ingress, str) or not ingress.startswith(("http://", "https://")):
+        raise ValueError(
+            f"RestateEngine: ingress must be a URL like http://127.0.0.1:8080, not {ingress!r}"
+        )
+    for what, length in (("longest_step", longest_step), ("retention", retention)):
+        if not isinstance(length, timedelta) or length <= timedelta(0):
+            raise TypeError(f"RestateEngine: {what} must be a timedelta above 0, not {length!r}")
+    if not isinstance(patience, int | float) or isinstance(patience, bool):
+        raise TypeError(f"RestateEngine: patience must be a number of seconds, not {patience!r}")
+
+
+def _check_policies(policies: Mapping[str, Any], sagas: Iterable[AnySaga]) -> None:
+    """Refuses policies that are none, cannot be kept, or are for no step."""
+    from restate import RunOptions  # noqa: PLC0415 - an extra
+
+    steps = {step for saga in sagas for step in _steps_of(saga)}
+    for step, options in policies.items():
+        if not isinstance(options, RunOptions):
+            raise TypeError(
+                f"RestateEngine: the policy of step {step!r} must be restate.RunOptions, not {options!r}"
+            )
+        if step not in steps and None not in steps:
+            there = ", ".join(sorted(map(repr, steps))) or "none"
+            raise ValueError(
+                f"RestateEngine: retries has a policy for {step!r}, which is no step; steps there: {there}"
+            )
+        if options.max_duration is not None or options.max_retry_duration is not None:
+            raise ValueError(
+                f"RestateEngine: the policy of step {step!r} has a max_duration, which a replay could "
+                "not keep; give it max_attempts"
+            )
+
+
+def _steps_of(part: Any) -> Iterator[str | None]:
+    """Yields the names of the steps in a saga; None where a function chooses them."""
+    if isinstance(part, Step):
+        yield part.name
+        return
+    if getattr(part, "function", None) is not None:
+        yield None
+    for inner in getattr(part, "parts", ()):
+        yield from _steps_of(getattr(inner, "definition", inner))
 
 
 def _identity(name: str, version: str | None) -> str:
