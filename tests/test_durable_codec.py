@@ -1227,6 +1227,34 @@ def test_d5_an_exception_that_cannot_say_what_it_is_is_recorded_all_the_same():
     assert type(decode_error(recorded)) is Unspeakable
 
 
+class Detached:
+    """Cannot even be shown, as an object of a database whose session is over."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("detached")
+
+
+def test_d5_what_cannot_be_shown_is_refused_as_clearly():
+    """A value whose `repr` raises is not recordable, and no other failure (D5)."""
+    with pytest.raises(NotRecordable, match="here gave <its text cannot be made: .*detached"):
+        encode_result(CODEC, Detached(), Any, lambda: "here")
+    with pytest.raises(NotRecordable, match="its arguments cannot be recorded"):
+        encode_arguments(CODEC, (Detached(),), {}, None, "here")
+
+
+@pytest.mark.parametrize("notes", [None, 5, [b"x", "kept"]])
+def test_d5_an_exception_with_odd_attributes_is_recorded_all_the_same(notes):
+    """Notes that are none, and fields whose names are no text, are left out (D5)."""
+    error = ValueError("x")
+    error.__notes__ = notes
+    vars(error)[5] = "five"  # type: ignore[index]
+
+    back = decode_error(json.loads(json.dumps(encode_error(error))))
+
+    assert (type(back), str(back)) == (ValueError, "x")
+    assert getattr(back, "__notes__", []) == (["kept"] if isinstance(notes, list) else [])
+
+
 def test_d5_a_function_that_does_not_say_what_it_takes_takes_plain_values():
     """Some functions that are written in C have no signature: their arguments are plain (D5)."""
     codec = JSONCodec()

@@ -1471,6 +1471,48 @@ async def test_runs_of_a_state_that_is_none_are_not_looked_for(journal):
         await journal.runs(state="completed")
 
 
+@pytest.mark.parametrize("call", ["info", "history"])
+async def test_a_run_id_that_is_no_string_is_refused(journal, call):
+    """SQLite would refuse it in the midst of what others write."""
+    with pytest.raises(TypeError, match=f"journal.{call}: run_id must be a string, not 5"):
+        await getattr(journal, call)(5)
+
+
+async def test_runs_since_what_is_no_number_are_not_looked_for(journal):
+    """A time is a number of seconds, here too."""
+    with pytest.raises(TypeError, match=r"journal.runs: since must be a number, .* not '2026'"):
+        await journal.runs(since="2026")
+
+
+# --- what is odd in names and in errors -------------------------------------------------------------
+
+
+class Name(str):
+    """A text of somebody's library."""
+
+    __slots__ = ()
+
+
+async def test_d3_names_may_be_of_a_subclass_of_str(journal, shop):
+    """They are recorded as what they say; and other runs hear nothing of it (D3)."""
+    step = Step(shop.step("a").action, shop.step("a").compensation, name=Name("a"))
+    whole = Saga([Parallel(step, name=Name("group")), shop.step("b", fails=Boom("b"))], name=Name("s"))
+    with pytest.raises(Boom):
+        await journal.run(whole, run_id="r")
+    assert {"a", "b", "group", "s"} == {event.name for event in await journal.history("r")}
+
+
+async def test_d3_an_error_whose_text_is_no_text_takes_its_run_back(journal, shop):
+    """A lone surrogate, as of a cut emoji or a file's name, is recorded with a backslash (D3)."""
+    whole = Saga([shop.step("a"), shop.step("b", fails=Boom("cut \ud83d"))], name="s")
+    with pytest.raises(Boom):
+        await journal.run(whole, run_id="r")
+    (rollback,) = (one for one in await journal.history("r") if one.kind is EventKind.ROLLBACK)
+    assert (b"Boom: cut \\ud83d", set()) == (rollback.data, shop.there)
+    with pytest.raises(Boom):
+        await journal.run(whole, run_id="r")
+
+
 # --- Outcome.rollback -----------------------------------------------------------------------------------
 
 

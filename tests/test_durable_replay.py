@@ -1796,6 +1796,49 @@ async def test_d4_a_failed_run_whose_saga_has_changed_stays_failed():
     assert (RunState.COMPENSATED, set()) == (await state_of(shop), shop.there)
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("caught", [True, False])
+async def test_d5_killed_at_any_boundary_after_a_result_that_cannot_be_recorded(caught):
+    """Where only an undo had it, the run ends all the same, and says what is left (D3, D5)."""
+
+    def build(shop: Shop) -> Saga[..., Any]:
+        async def action() -> object:
+            shop.begin("a")
+            shop.put("a")
+            return object()
+
+        async def undo(result: object) -> None:
+            shop.take("a")
+
+        @saga(name="s")
+        async def whole(scope: SagaScope) -> None:
+            try:
+                await scope.step(Step(action, undo=undo, name="a"))
+            except NotRecordable:
+                if not caught:
+                    raise
+            await scope.step(shop.step("b"))
+
+        return whole
+
+    clean = Shop()
+    with suppress(NotRecordable):
+        await clean.journal.run(build(clean), run_id="r")
+    assert clean.journal.passed > 5
+    for boundary in range(clean.journal.passed):
+        shop = Shop(MortalJournal().next_process(boundary))
+        with suppress(Killed, CompensationFailed, NotRecordable, BaseExceptionGroup):
+            await shop.journal.run(build(shop), run_id="r")
+        assert shop.journal.dead
+        next_one = Shop(shop.journal.next_process())
+        next_one.there = shop.there
+        with fail_after(5):
+            report = await next_one.journal.recover([build(next_one)])
+        assert not report.left, (boundary, report)
+        left = {step.name for one in report.recovered for step in one.in_doubt}
+        assert next_one.there <= left | {"a"} if report.failed else next_one.there <= left, boundary
+
+
 def losing(*lost: str, group: bool) -> Build:
     """A saga that fails, some steps of which have no compensation."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import create_task_group, fail_after
+from anyio import create_task_group, fail_after, wait_all_tasks_blocked
 from conftest import ASYNCIO
 from histories import make_writable
 from mortal import Boom, Shop
@@ -258,6 +258,23 @@ async def test_a_file_of_an_older_format_becomes_one_of_this(path):
     )
     assert read(path, schema) == read(new, schema)
     assert read(path, "PRAGMA user_version") == [2]
+
+
+async def test_d6_a_file_of_an_older_format_is_not_changed_under_a_living_process(path):
+    """A process that has it open would not find its tables any more: it is let end first (D6)."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(FORMAT_1)
+        connection.execute("INSERT INTO owners (token, pid) VALUES ('dead', 1), ('alive', 77)")
+        connection.commit()
+    lock = _locks.take_lock(path.with_name("sagas.db-owner-alive"))
+    assert lock is not None
+    with pytest.raises(JournalError, match="has format 1, of an older .*, and process 77 has it open"):
+        async with SQLiteJournal(path):
+            raise AssertionError  # pragma: no cover - must not be reached
+    assert read(path, "PRAGMA user_version") == [1]
+    lock.close()
+    async with SQLiteJournal(path) as journal:
+        assert 4 == len(await journal.history("r"))
 
 
 class Bytes:
@@ -1007,6 +1024,105 @@ async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path)
     assert shop.begun == {"a": 1, "b": 1}
 
 
+async def test_d6_a_run_that_is_in_hand_again_is_not_let_go_for_what_was_owed(path):
+    """What could not be recorded of a run is, when it is taken up again; and not once more under its feet (D6, D8)."""
+    log: list[str] = []
+    began, go = anyio.Event(), anyio.Event()
+
+    async def act() -> None:
+        log.append("b")
+        if len(log) == 1:
+            somebody.execute("BEGIN IMMEDIATE")
+        else:
+            began.set()
+            await go.wait()
+
+    whole = Saga([Step(act, name="b"), Step(lambda: None, name="c")], name="s")
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(whole, run_id="r", on_crash="resume")
+            somebody.execute("ROLLBACK")
+            owed = list(journal._owed)
+            assert len(owed) == 1
+            async with create_task_group() as tasks:
+                tasks.start_soon(partial(journal.run, whole, run_id="r", on_crash="resume"))
+                await began.wait()
+                assert journal._owed == []
+                journal._owed = owed  # as a claim has it that was made just before
+                await journal.run(Saga([Step(lambda: None)], name="other"), run_id="other")
+                async with SQLiteJournal(path) as another:
+                    assert (await another.recover([whole], on_crash="resume")).in_progress == ("r",)
+                go.set()
+            (info, _) = await journal.runs()
+
+    assert (info.state, log) == (RunState.COMPLETED, ["b", "b"])
+
+
+async def test_d8_a_record_that_is_damaged_keeps_nobody_else_from_anything(path):
+    """A run whose record cannot be read cannot be gone on with, and says so; other runs go on (D8)."""
+    shop = Shop()
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            shop.moments["b"] = lambda: somebody.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalError, match="database is locked"):
+                await journal.run(abc(shop), run_id="r")
+            somebody.execute("ROLLBACK")
+            somebody.execute("UPDATE records SET events = '[['")
+            await journal.run(abc(shop), run_id="other")
+            with pytest.raises(JournalError, match="a record cannot be read: .*: '\\[\\['"):
+                await journal.history("r")
+            report = await journal.recover([abc(shop)])
+            assert "a record cannot be read" in str(report.left[0].error)
+            assert ["running", "completed"] == [info.state.value for info in await journal.runs()]
+            assert journal._owed == []
+
+
+async def test_d6_a_journal_that_is_being_opened_is_not_opened_again(path):
+    """Of two who open one journal at once the second is refused, and the first keeps its lock (D6)."""
+    journal = SQLiteJournal(path)
+    refused: list[JournalError] = []
+
+    async def open_it() -> None:
+        try:
+            await journal.__aenter__()
+        except JournalError as error:
+            refused.append(error)
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(open_it)
+        tasks.start_soon(open_it)
+    assert [str(error) for error in refused] == [f"journal {path} is open already"]
+    assert _locks.is_locked(journal._lock_path(journal._token))
+    await journal.__aexit__(None, None, None)
+
+
+async def test_d8_an_end_that_could_not_be_recorded_is_not_reported(path):
+    """A run that was taken back, of which the file does not know, has not ended for whoever recovers (D8)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        claim = await journal._claim("r", "s", None, b"[[],{}]", 0.0, create=True)
+        journal._append(claim.key, EventKind.STARTED, (0,), "a")
+        await journal._flush(claim.key)
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            end = journal._end
+
+            async def locked(key: int, ending: Any) -> None:
+                somebody.execute("BEGIN IMMEDIATE")
+                await end(key, ending)
+
+            journal._end = locked
+            report = await journal.recover([whole])
+            somebody.execute("ROLLBACK")
+    (left,) = report.left
+    assert (report.ok, left.state) == (False, RunState.RUNNING)
+    assert "database is locked" in str(left.error)
+    info = await recovered_by_another(path, whole)
+    assert info.state is RunState.COMPENSATED
+
+
 async def test_d8_what_could_not_be_committed_is_still_to_be_recorded(path):
     """That a run was taken back is forgotten when it is on disk, and not when it was only written (D8)."""
     shop = Shop()
@@ -1111,6 +1227,51 @@ async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
     info = await recovered_by_another(path, whole)
 
     assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("how", ["the journal is closed", "what comes after it is lost"])
+async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(path, how):
+    """A native cancellation does not make a commit be asked for again, when it may look as if it had failed (D8, G14)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), Commit(), shop.step("c")], name="s")
+    at_work, go = threading.Event(), threading.Event()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+    writer = journal._writer
+    assert writer is not None
+    encode = writer._encode
+
+    def slow(events: list[Any]) -> str:
+        if any(kind == "committed" for kind, *_ in events):
+            at_work.set()
+            assert go.wait(ENOUGH)
+        return encode(events)
+
+    def full(_: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    async def lose_what_comes_next() -> None:
+        with pytest.raises(JournalError, match="disk is full"):
+            await on_connection(journal, full)
+
+    writer._encode = slow
+    run = asyncio.ensure_future(journal.run(whole, run_id="r"))
+    await anyio.to_thread.run_sync(at_work.wait)
+    closed = how == "the journal is closed"
+    other = journal.__aexit__(None, None, None) if closed else lose_what_comes_next()
+    beside = asyncio.ensure_future(other)
+    await wait_all_tasks_blocked()
+    run.cancel()
+    await wait_all_tasks_blocked()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await beside
+    if not closed:
+        await journal.__aexit__(None, None, None)
+    assert shop.log == ["a"]
+    assert ("committed", "commit") in kinds(path)
 
 
 async def test_d6_who_looks_on_needs_no_lock(path):

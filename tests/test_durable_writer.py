@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
@@ -313,16 +314,38 @@ async def test_d7_a_job_that_raises_leaves_the_work_of_the_others(disk):
     assert caught == [error]
 
 
-async def test_d8_a_job_to_which_the_database_says_no_fails_its_batch(disk):
+async def test_d8_a_job_in_which_the_database_fails_fails_its_batch(disk):
     """A database that fails in a function fails the batch, for nobody knows what is left of it (D8)."""
+
+    def fill(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA max_page_count = 1")
+        connection.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
+
     async with running(disk) as writer:
         writer.append(1, 0, EVENT)
         with pytest.raises(
-            JournalError, match="journal here cannot be written: no such table: missing"
+            JournalError, match="journal here cannot be written: database or disk is full"
         ):
-            await writer.call(lambda connection: connection.execute("SELECT * FROM missing"))
+            await writer.call(fill)
         assert disk.numbers() == []
-        assert disk.statements[-1] == "ROLLBACK"
+
+
+@pytest.mark.parametrize(
+    ("statement", "values", "message"),
+    [
+        ("SELECT * FROM missing", (), "no such table: missing"),
+        ("SELECT json_array_length('[')", (), "malformed JSON"),
+        ("SELECT ?", (1j,), "Error binding parameter 1: type 'complex' is not supported"),
+    ],
+)
+async def test_d8_a_job_that_asks_for_what_cannot_be_fails_alone(disk, statement, values, message):
+    """What is wrong with one question is no fault of the file: what others wrote stays written (D8)."""
+    async with running(disk) as writer:
+        writer.append(1, 0, EVENT)
+        with pytest.raises(JournalError, match=f"^journal here cannot do that: {re.escape(message)}$"):
+            await writer.call(lambda connection: connection.execute(statement, values).fetchone())
+        await writer.flush(1)
+        assert disk.numbers() == [0]
 
 
 async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_again(disk):

@@ -154,7 +154,7 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
         data = codec.encode(value)
     except Exception as error:
         raise NotRecordable(
-            f"{place()} gave {value!r}, which cannot be recorded: {error}; return plain values, "
+            f"{place()} gave {text_of(value, repr)}, which cannot be recorded: {error}; return plain values, "
             "dataclasses or msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     if _is_plain(codec, value, kind):
@@ -162,13 +162,13 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
     try:
         back = codec.decode(data, kind)
         same = type(back) is type(value) and bool(back == value or value != value)  # noqa: PLR0124 - NaN
-        problem = f"would come back as {back!r}"
+        problem = f"would come back as {text_of(back, repr)}"
     except Exception as error:
         same, problem = False, f"cannot be read back: {error}"
     if not same:
         shown = "no type" if kind is Any else f"the type {kind!r}"
         raise NotRecordable(
-            f"{place()} gave {value!r}, which {problem}; it is annotated with {shown}: annotate it with "
+            f"{place()} gave {text_of(value, repr)}, which {problem}; it is annotated with {shown}: annotate it with "
             "the type that it has"
         )
     return data
@@ -202,13 +202,12 @@ def encode_arguments(
         back = _read_arguments(codec, data, function)
     except Exception as error:
         raise NotRecordable(
-            f"{place}: its arguments {args!r}, {dict(kwargs)!r} are not what its parameters are annotated "
+            f"{place}: its arguments {_shown(args, kwargs)} are not what its parameters are annotated "
             f"with: {error}"
         ) from error
     if not _are_same((args, kwargs), back):
         raise NotRecordable(
-            f"{place}: its arguments {args!r}, {dict(kwargs)!r} would come back as {back[0]!r}, "
-            f"{back[1]!r}; annotate the parameters with the types that they have"
+            f"{place}: its arguments {_shown(args, kwargs)} would come back as {_shown(*back)}; annotate the parameters with the types that they have"
         )
     return data
 
@@ -234,6 +233,10 @@ def decode_arguments(
             f"{place}: its recorded arguments {data.decode(errors='replace')} cannot be read: {error}; "
             "has the type of a parameter changed since?"
         ) from error
+
+
+def _shown(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    return f"{text_of(args, repr)}, {text_of(dict(kwargs), repr)}"
 
 
 def _read_arguments(codec: Codec, data: bytes, function: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -294,12 +297,12 @@ def encode_error(error: BaseException) -> dict[str, Any]:
         "type": f"{_module_of(kind)}:{kind.__qualname__}",
         "is_exception": isinstance(error, Exception),
         "text": text_of(error),
-        "notes": list(getattr(error, "__notes__", ())),
+        "notes": [note for note in _notes(error) if isinstance(note, str)],
         # A field that is missing is better than one that is something else.
         "fields": {
             name: value
-            for name, value in vars(error).items()
-            if not name.startswith("__") and _comes_back(value)
+            for name, value in cast("dict[object, object]", vars(error)).items()
+            if isinstance(name, str) and not name.startswith("__") and _comes_back(value)
         },
     }
     if isinstance(error, CompensationFailed):
@@ -316,6 +319,11 @@ def encode_error(error: BaseException) -> dict[str, Any]:
         args = _builtin(kind).__reduce__(error)[1]
         recorded["args"] = [_encode_argument(one) for one in cast("tuple[Any, ...]", args)]
     return recorded
+
+
+def _notes(error: BaseException) -> Iterable[object]:
+    notes: object = getattr(error, "__notes__", ())
+    return cast("list[object]", notes) if isinstance(notes, list) else ()
 
 
 def text_of(value: object, say: Callable[[Any], str] = str) -> str:

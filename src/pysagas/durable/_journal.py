@@ -52,6 +52,7 @@ from ._recalled import (
     taken_back,
 )
 from ._storage import Claim, Ending, RunGone, Storage, Stored
+from ._surely import surely
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
 
@@ -324,6 +325,8 @@ class Journal(Storage):
             since: Only those that had not ended before this time, in seconds since the epoch.
         """
         given: object = state
+        if since is not None:
+            _check_time("runs: since", since)
         if not isinstance(given, RunState | None):
             states = ", ".join(map(str, RunState))
             raise TypeError(f"journal.runs: state must be one of {states}, not {given!r}")
@@ -336,6 +339,7 @@ class Journal(Storage):
         Raises:
             JournalError: There is no such run.
         """
+        _check_id("info", run_id)
         found = await self._list(run_id=run_id)
         if not found:
             raise JournalError(f"run {run_id!r} is not in the journal")
@@ -347,6 +351,7 @@ class Journal(Storage):
         Raises:
             JournalError: There is no such run.
         """
+        _check_id("history", run_id)
         return await self._events(run_id)
 
     async def prune(self, *, before: float) -> int:
@@ -364,12 +369,7 @@ class Journal(Storage):
         Raises:
             TypeError: It is no number. Nothing is forgotten.
         """
-        given: object = before
-        if not isinstance(given, int | float) or isinstance(given, bool) or math.isnan(given):
-            raise TypeError(
-                f"journal.prune: before must be a number, in seconds since the epoch, not {before!r}; of a "
-                "datetime, that is its timestamp()"
-            )
+        _check_time("prune: before", before)
         return await self._prune(before)
 
     # --- how -----------------------------------------------------------------------------------
@@ -511,6 +511,8 @@ class Journal(Storage):
                 raise cancelled or replay.abandoned from None
             await self._ended(claim, middleware, outcome_of(error), error)
             if replay.interrupted is not None and _is_interruption(error):
+                if middleware.broken is not None:
+                    raise middleware.broken from error  # the file does not say so yet
                 raise taken_back(run_id, outcome_of(error)) from None
             raise
         if replay.abandoned is not None:  # and took itself for a failure that was expected
@@ -569,26 +571,7 @@ class Journal(Storage):
 
     async def _open_again(self, key: int) -> BaseException | None:
         """Takes a completed run into hand; gives a cancellation that came meanwhile, for later."""
-        failure: BaseException | None = None
-
-        async def open_again() -> None:
-            nonlocal failure
-            try:
-                with anyio.CancelScope(shield=True):
-                    await self._reopen(key, RunState.COMPLETED)
-            except BaseException as error:
-                failure = error
-
-        late: BaseException | None = None
-        try:
-            # In a task of its own, which a native cancellation of this one does not cut off.
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(open_again)
-        except anyio.get_cancelled_exc_class() as error:
-            late = error
-        if failure is not None:
-            raise failure
-        return late
+        return await surely(partial(self._reopen, key, RunState.COMPLETED))
 
     async def _take_back_recalled(
         self,
@@ -707,6 +690,19 @@ def _interruption(middleware: RunMiddleware) -> Event | None:
 def _check_on_crash(call: str, on_crash: object) -> None:
     if on_crash not in ("rollback", "resume"):
         raise ValueError(f'journal.{call}: on_crash must be "rollback" or "resume", not {on_crash!r}')
+
+
+def _check_time(what: str, given: object) -> None:
+    if not isinstance(given, int | float) or isinstance(given, bool) or math.isnan(given):
+        raise TypeError(
+            f"journal.{what} must be a number, in seconds since the epoch, not {given!r}; of a datetime, "
+            "that is its timestamp()"
+        )
+
+
+def _check_id(call: str, run_id: object) -> None:
+    if not isinstance(run_id, str):
+        raise TypeError(f"journal.{call}: run_id must be a string, not {run_id!r}")
 
 
 def _without_traceback(error: RunInterrupted) -> None:

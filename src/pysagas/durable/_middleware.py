@@ -33,6 +33,7 @@ from ._events import Event, EventKind, Path, relevant
 from ._recalled import value_type
 from ._replay import Replay
 from ._storage import Storage
+from ._surely import surely
 
 __all__ = ["RunMiddleware"]
 
@@ -245,7 +246,13 @@ class RunMiddleware:
         While that process lived its undo could take it. Now the step is in doubt; but where its undo
         alone was recorded, that has to be met.
         """
-        undone = self.replay.is_recorded("compensation", effect.path) or effect.path in self._settled
+        undone = effect.path in self._settled or self.replay.is_recorded("compensation", effect.path)
+        # A rollback that had begun, of the step or of what is around it, has to be met as well; and it
+        # comes only where something is to be taken back.
+        around = range(len(effect.path) + 1)
+        undone = undone or any(
+            self.replay.is_recorded("rollback", effect.path[:depth]) for depth in around
+        )
         if step.compensation is not None or not undone:
             return StepState.UNKNOWN
         self._lost.add(effect.path)
@@ -270,7 +277,9 @@ class RunMiddleware:
         if not await self.replay.meet(effect):
             await self.replay.go_forward(effect)
             self._append(EventKind.COMMITTED, effect.path, effect.name)
-            late = await self._flush_surely()
+            # Not cut off, as a commit of which only the journal knows would be a lie. And not asked for
+            # again: by then the journal may be closed, or what others wrote later be lost.
+            late = await surely(self._flush)
         self.committed = True
         result = await call_next()
         if late is not None:
@@ -282,7 +291,12 @@ class RunMiddleware:
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
         if not await self.replay.meet(effect):
             await self.replay.park(effect, forward=False)
-            self._append(EventKind.ROLLBACK, effect.path, effect.name, self._last_error.encode())
+            self._append(
+                EventKind.ROLLBACK,
+                effect.path,
+                effect.name,
+                self._last_error.encode(errors="backslashreplace"),
+            )
         return await call_next()
 
     async def _compensation(self, effect: Effect, call_next: CallNext) -> object:
@@ -338,20 +352,3 @@ class RunMiddleware:
             if self.goes_on:
                 self.replay.abandon(self.broken)
             raise self.broken
-
-    async def _flush_surely(self) -> BaseException | None:
-        """As `_flush`, but not cut off: a commit of which only the journal knows would be a lie.
-
-        Returns:
-            A native cancellation that came meanwhile.
-        """
-        late: BaseException | None = None
-        written = False
-        with anyio.CancelScope(shield=True):
-            while not written:
-                try:
-                    await self._flush()
-                    written = True
-                except anyio.get_cancelled_exc_class() as error:
-                    late = error
-        return late

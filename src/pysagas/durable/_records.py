@@ -26,6 +26,7 @@ __all__ = [
     "Written",
     "insert",
     "is_journal",
+    "is_of_statement",
     "next_number",
     "prepare",
     "written",
@@ -106,7 +107,8 @@ class Events:
             self._encode = lambda events: json.dumps(events, separators=(",", ":")).encode()
             self._decode = json.loads
         else:
-            self._encode = Encoder().encode
+            # A name may be of a subclass of str, which msgspec does not know.
+            self._encode = Encoder(enc_hook=str).encode
             self._decode = Decoder().decode
 
     def encode(self, events: list[Written]) -> str:
@@ -118,11 +120,18 @@ class Events:
         return self._encode(events).decode()
 
     def decode(self, text: str) -> list[Event]:
-        """Gives the events of a text."""
-        return [
-            Event(EventKind(kind), tuple(path), name, _bytes(*data), at)
-            for kind, path, name, at, *data in self._decode(text)
-        ]
+        """Gives the events of a text.
+
+        Raises:
+            JournalError: It is damaged, or somebody else has written it.
+        """
+        try:
+            return [
+                Event(EventKind(kind), tuple(path), name, _bytes(*data), at)
+                for kind, path, name, at, *data in self._decode(text)
+            ]
+        except (TypeError, ValueError, KeyError) as error:
+            raise JournalError(f"a record cannot be read: {error}: {text[:200]!r}") from error
 
 
 def written(kind: EventKind, path: Path, name: str, data: bytes, at: float) -> Written:
@@ -156,6 +165,25 @@ def next_number(connection: sqlite3.Connection, run: int) -> int:
     return cast("int", row[0]) if row else 0
 
 
+# What is wrong with one statement; SQLite has undone it, and the transaction goes on.
+_OF_STATEMENT = {
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_MISUSE,
+    sqlite3.SQLITE_RANGE,
+}
+
+
+def is_of_statement(error: sqlite3.Error) -> bool:
+    """Tells whether an error is that of one statement, and says nothing against the file."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # Python's own: a value is of a type that SQLite does not know
+        return isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError)
+    return code & 0xFF in _OF_STATEMENT
+
+
 def is_journal(connection: sqlite3.Connection, place: object) -> bool:
     """Tells whether a file is a journal already, of this format or an older one, and not a new file.
 
@@ -183,7 +211,7 @@ def is_journal(connection: sqlite3.Connection, place: object) -> bool:
     return True
 
 
-def prepare(connection: sqlite3.Connection, place: object) -> None:
+def prepare(connection: sqlite3.Connection, place: object, is_alive: Callable[[str], bool]) -> None:
     """Makes the tables of a new file, or those of this format from those of an older one.
 
     Within a transaction of the caller's: of two processes that open a file at once, one does it.
@@ -191,11 +219,14 @@ def prepare(connection: sqlite3.Connection, place: object) -> None:
     Args:
         connection: To the file.
         place: How messages name it.
+        is_alive: Tells whether the owner of a token lives.
 
     Raises:
-        JournalError: It is something else.
+        JournalError: It is something else; or it is of an older format, and somebody has it open.
     """
     if is_journal(connection, place):
+        if _version(connection) < FORMAT:
+            _refuse_if_in_use(connection, place, is_alive)
         for version in range(_version(connection), FORMAT):
             MIGRATIONS[version](connection)
     else:
@@ -203,6 +234,18 @@ def prepare(connection: sqlite3.Connection, place: object) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _refuse_if_in_use(
+    connection: sqlite3.Connection, place: object, is_alive: Callable[[str], bool]
+) -> None:
+    for pid, token in connection.execute("SELECT pid, token FROM owners").fetchall():
+        if is_alive(token):
+            raise JournalError(
+                f"journal {place} has format {_version(connection)}, of an older release of pysagas, and "
+                f"process {pid} has it open, which would not find its tables any more if they were changed: "
+                "let it end, then open the journal again. The journal was left as it is"
+            )
 
 
 def _from_1(connection: sqlite3.Connection) -> None:

@@ -16,12 +16,11 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 from uuid import uuid4
 
 import anyio
@@ -32,7 +31,7 @@ from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Journal
 from ._locks import is_locked, make_file, take_lock
 from ._memory import in_words, not_so_any_more, other_run
-from ._records import Events, insert, is_journal, next_number, prepare, written
+from ._records import Events, insert, is_journal, is_of_statement, next_number, prepare, written
 from ._storage import Claim, Ending, RunGone, Stored
 from ._writer import Writer
 
@@ -98,8 +97,10 @@ class SQLiteJournal(Journal):
         self._events_in = Events()
         # The number of the next event of each run.
         self._next: dict[int, int] = {}
-        # What is still to be recorded of runs that were taken back while that was not possible.
-        self._owed: list[Callable[[sqlite3.Connection], None]] = []
+        # The runs that are still to be let go, as that was not possible: each with what is still to be
+        # recorded of it, where it was taken back meanwhile.
+        self._owed: list[_Owed] = []
+        self._is_opening = False
 
     def __repr__(self) -> str:
         return f"<SQLiteJournal {self._path}>"
@@ -113,7 +114,7 @@ class SQLiteJournal(Journal):
             JournalError: It cannot be opened: it is no journal, is of a newer format, cannot be
                 written or is locked; or runs of its last opening are still under way.
         """
-        if self._writer is not None:
+        if self._writer is not None or self._is_opening:
             raise JournalError(f"journal {self._path} is open already")
         if self._in_hand:
             # They belong to the owner that it was then, whom it would not be any more.
@@ -123,12 +124,16 @@ class SQLiteJournal(Journal):
                 "open another SQLiteJournal"
             )
         writer = Writer(self._connect, self._close, self._events_in.encode, f"journal {self._path}")
+        # One that was opened twice at once would lose its lock, by which its runs are known to be alive.
+        self._is_opening = True
         try:
             await writer.start()
         except BaseException as error:
             await writer.stop()
             cause = error.__cause__
             raise (cause if isinstance(cause, JournalError) else error) from None
+        finally:
+            self._is_opening = False
         self._writer = writer
         return self
 
@@ -175,7 +180,7 @@ class SQLiteJournal(Journal):
     def _close(self, connection: sqlite3.Connection) -> None:
         """Lets go of all runs, of the lock and of the file; on the writer's thread."""
         with suppress(sqlite3.Error):
-            _settle(connection, tuple(self._owed))
+            self._settle(connection, tuple(self._owed))
         if not self._in_hand:
             with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
                 connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
@@ -206,7 +211,7 @@ class SQLiteJournal(Journal):
             self._token = uuid4().hex
             self._lock = take_lock(self._lock_path(self._token))
         connection.execute("BEGIN IMMEDIATE")
-        prepare(connection, self._path)
+        prepare(connection, self._path, lambda token: is_locked(self._lock_path(token)))
         self._owner = cast(
             "int",
             connection.execute(
@@ -249,7 +254,7 @@ class SQLiteJournal(Journal):
         create: bool = False,
     ) -> Claim:
         def claim(connection: sqlite3.Connection) -> Claim:
-            _settle(connection, owed)
+            settled.extend(self._settle(connection, owed, run_id))
             if create:
                 # First, since most runs are new.
                 new = connection.execute(
@@ -282,8 +287,9 @@ class SQLiteJournal(Journal):
 
         writer = self._open()
         owed = tuple(self._owed)
+        settled: list[_Owed] = []
         try:
-            return await writer.call(claim)
+            claimed = await writer.call(claim)
         except anyio.get_cancelled_exc_class():
             # It may have been taken all the same, for nobody.
             with anyio.CancelScope(shield=True), suppress(JournalError):
@@ -294,6 +300,8 @@ class SQLiteJournal(Journal):
                     )
                 )
             raise
+        self._strike_off(settled)
+        return claimed
 
     def _is_alive(self, connection: sqlite3.Connection, owner: int) -> bool:
         """Tells whether an owner's process lives; forgets one that does not."""
@@ -301,26 +309,48 @@ class SQLiteJournal(Journal):
         return row is not None and is_locked(self._lock_path(row[0]))
 
     async def _release(self, key: int, last: Event | None = None) -> None:
-        owner, encode = self._owner, self._events_in.encode
+        record = None if last is None else self._events_in.encode([written(*last)])
+        this = _Owed(self._owner, key, record)
 
         def release(connection: sqlite3.Connection) -> None:
-            # It may be late: then somebody else may have the run by now.
-            its = connection.execute("SELECT owner FROM runs WHERE id = ?", (key,)).fetchone()
-            if its == (owner,):
-                if last is not None:
-                    record = encode([written(*last)])
-                    insert(connection, [(key, next_number(connection, key), record)])
-                connection.execute("UPDATE runs SET owner = NULL WHERE id = ?", (key,))
+            settled.extend(self._settle(connection, owed))
+            _let_go_of(connection, this)
 
         self._next.pop(key, None)
-        # Or a recovery that resumes would carry on what has been taken back.
-        self._owed.append(release)
         owed = tuple(self._owed)
+        settled = [this]
+        # Or a recovery that resumes would carry on what has been taken back.
+        self._owed.append(this)
         with suppress(JournalError), anyio.CancelScope(shield=True):
             self._open().forget(key)
-            await self._open().call(partial(_settle, owed=owed))
-            # Not before it is on disk: a second time each of them finds nothing to do.
-            self._owed = [one for one in self._owed if one not in owed]
+            await self._open().call(release)
+            self._strike_off(settled)
+
+    def _settle(
+        self, connection: sqlite3.Connection, owed: Iterable[_Owed], claimed: str | None = None
+    ) -> list[_Owed]:
+        """Lets go of runs of which that could not be recorded before; on the writer's thread.
+
+        Not of those that were taken into hand again meanwhile: whoever did that has let them go first.
+
+        Args:
+            connection: To the file.
+            owed: What is to be let go.
+            claimed: The id of the run that is just being taken into hand.
+
+        Returns:
+            What has been let go. It is struck off when that is on disk, and not before.
+        """
+        settled: list[_Owed] = []
+        for one in owed:
+            row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (one.key,)).fetchone()
+            if row is None or row[0] == claimed or row[0] not in self._in_hand:
+                _let_go_of(connection, one)
+                settled.append(one)
+        return settled
+
+    def _strike_off(self, settled: Iterable[_Owed]) -> None:
+        self._owed = [one for one in self._owed if all(one is not another for another in settled)]
 
     async def _load(self, key: int) -> list[Event]:
         def load(connection: sqlite3.Connection) -> list[Any]:
@@ -475,9 +505,28 @@ class SQLiteJournal(Journal):
         return await self._open().call(prune)
 
 
-def _settle(
-    connection: sqlite3.Connection, owed: Iterable[Callable[[sqlite3.Connection], None]]
-) -> None:
-    """Lets go of runs; of those, too, of which that could not be recorded before."""
-    for release in owed:
-        release(connection)
+class _Owed(NamedTuple):
+    """A run that is to be let go: by which owner, and what is to be recorded before."""
+
+    owner: int
+    key: int
+    record: str | None
+
+
+def _number_after(connection: sqlite3.Connection, key: int) -> int | None:
+    try:
+        return next_number(connection, key)
+    except sqlite3.Error as error:
+        if not is_of_statement(error):
+            raise
+        return None
+
+
+def _let_go_of(connection: sqlite3.Connection, owed: _Owed) -> None:
+    # It may be late: then somebody else may have the run by now.
+    its = connection.execute("SELECT owner FROM runs WHERE id = ?", (owed.key,)).fetchone()
+    if its == (owed.owner,):
+        # What stands after a record that is damaged, nobody would read.
+        if owed.record is not None and (number := _number_after(connection, owed.key)) is not None:
+            insert(connection, [(owed.key, number, owed.record)])
+        connection.execute("UPDATE runs SET owner = NULL WHERE id = ?", (owed.key,))

@@ -19,7 +19,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from ._errors import JournalError
-from ._records import Record, Written, insert
+from ._records import Record, Written, insert, is_of_statement
 
 __all__ = ["Writer"]
 
@@ -208,7 +208,7 @@ class Writer:
 
         Raises:
             BaseException: What it raised.
-            JournalError: The batch could not be written; or this is another event loop than that of
+            JournalError: SQLite refused what it asked; the batch could not be written; or this is another event loop than that of
                 the writer.
         """
         if current_token().native_token is not self._loop:
@@ -226,6 +226,8 @@ class Writer:
         await self._written(batch)
         if batch.error is not None:
             raise self._failure(batch.error)
+        if isinstance(job.error, sqlite3.Error):
+            raise JournalError(f"{self._place} cannot do that: {job.error}") from job.error
         if job.error is not None:
             raise job.error
         return cast("T", job.result)
@@ -289,7 +291,7 @@ class Writer:
             if run not in self._lost:
                 try:
                     records.append((run, number, self._encode(events)))
-                except ValueError as error:
+                except Exception as error:
                     self._lost[run] = error  # by a name that is no text; the others can be written
         return records
 
@@ -314,8 +316,10 @@ def _write(connection: sqlite3.Connection, batch: _Batch, records: list[Record])
             for job in batch.jobs:
                 try:
                     job.result = job.work(connection)
-                except sqlite3.Error:
-                    raise
+                except sqlite3.Error as error:
+                    if not is_of_statement(error) or not connection.in_transaction:
+                        raise
+                    job.error = error
                 except BaseException as error:
                     job.error = error
             connection.execute("COMMIT")
