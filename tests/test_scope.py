@@ -10,7 +10,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, sleep_forever
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    fail_after,
+    get_cancelled_exc_class,
+    sleep_forever,
+    wait_all_tasks_blocked,
+)
 from anyio.lowlevel import checkpoint
 from helpers import (
     SEQUENCES,
@@ -1542,3 +1550,45 @@ async def test_g7_a_save_point_that_ends_after_its_saga(world: World) -> None:
         await function()
     with pytest.raises(ScopeClosed, match="'nested' of saga 'function' ended after its scope"):
         await held[0].__aexit__(None, None, None)
+
+
+async def test_a_call_that_ends_as_the_rollback_begins_is_taken_back_once() -> None:
+    """It takes itself back, as it outlived its scope; the rollback, which had begun before, leaves it alone."""
+    go, late, done = Event(), Event(), Event()
+    taken_back: list[str] = []
+
+    async def watch(effect: Effect, call_next: CallNext) -> object:
+        if effect.kind == "rollback" and not effect.path:
+            go.set()
+            await late.wait()
+            try:
+                return await call_next()
+            finally:
+                done.set()
+        if effect.kind == "compensation":
+            taken_back.append(effect.name)
+            if not late.is_set():
+                late.set()
+                await done.wait()
+        return await call_next()
+
+    async def slow() -> None:
+        await go.wait()
+
+    def nothing() -> None: ...
+
+    async def call(scope: SagaScope) -> None:
+        with pytest.raises(ScopeClosed, match="it was taken back"):
+            await scope.step(slow, compensation=nothing)
+
+    @saga(middleware=[watch])
+    async def function(scope: SagaScope) -> None:
+        tasks.start_soon(call, scope)
+        await wait_all_tasks_blocked()
+        raise Boom
+
+    with fail_after(10):
+        async with create_task_group() as tasks:
+            with pytest.raises(Boom):
+                await function.run()
+    assert taken_back == ["slow"]

@@ -63,13 +63,16 @@ async def roll_back(
         The interruption that arrived meanwhile, for the caller to raise; None where none came.
     """
     run = sequence.run
+    # Now, and not when unwinding begins: a call that is in flight takes back what it began, and may come
+    # to that in between.
+    last = len(sequence.entries) - 1 - sequence.in_flight
     ended = False
     asked = not sequence.middleware
     deadline: float | None = None
 
     async def unwound() -> None:
         nonlocal ended
-        await _unwind(sequence, start)
+        await _unwind(sequence, start, last)
         ended = True
 
     async def once() -> None:
@@ -150,13 +153,12 @@ async def _limited(
             sequence.run.failed_at(path, error)
 
 
-async def _unwind(sequence: Sequence, start: int) -> None:
-    """Takes back the entries of a sequence from `start` on, in reverse."""
+async def _unwind(sequence: Sequence, start: int, last: int) -> None:
+    """Takes back the entries of a sequence from `last` to `start`."""
     entries = sequence.entries
     plain = not sequence.middleware
     watch = sequence.may_end_early()
     first = max(start, sequence.committed)
-    last = len(entries) - 1 - sequence.in_flight
     try:
         for index in range(last, first - 1, -1):
             entry = entries[index]
@@ -197,11 +199,12 @@ async def _unwind_node(entry: Entry | None, owner: Sequence) -> None:
     else:
         assert isinstance(entry, Sequence)
         current_place.set(entry)
+        last = len(entry.entries) - 1 - entry.in_flight
         if entry.rollback_timeout in (None, owner.rollback_timeout):
-            await _unwind(entry, 0)
+            await _unwind(entry, 0, last)
         else:
             deadline = current_time() + entry.rollback_timeout
-            await _limited(entry, 0, deadline, partial(_unwind, entry, 0), entry.name, entry.path)
+            await _limited(entry, 0, deadline, partial(_unwind, entry, 0, last), entry.name, entry.path)
 
 
 async def _unwind_group(group: Group, owner: Sequence) -> None:
