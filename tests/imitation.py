@@ -50,7 +50,7 @@ class Imitation:
         try:
             return await attempt.carry_out(args, {})
         finally:
-            self.records = attempt.records
+            self.records, self.asked = attempt.records, context.asked
             # What was to begin just then begins in vain.
             late = [action() for action in context.to_do.values()]
             for task in context.tasks:

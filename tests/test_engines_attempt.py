@@ -23,8 +23,10 @@ from places import Missing, Server, free_port, restate_server
 from test_engines_restate import do_without
 
 from pysagas import (
+    CallNext,
     Commit,
     CompensationFailed,
+    Effect,
     Parallel,
     Saga,
     SagaDefinitionError,
@@ -247,6 +249,49 @@ async def test_a_compensation_that_fails(anyio_backend, server, error):
         "b": "compensation failed",
         "c": "compensated",
     }
+
+
+async def test_names_and_errors_that_are_no_text(anyio_backend, server):
+    """A lone surrogate, as of a file's name, stands with a backslash where Restate has it."""
+    shop = Shop()
+
+    async def fails(order: str) -> None:
+        raise ValueError("file \udcff")
+
+    good = shop.step("a")
+    whole = Saga([Step(good.action, good.compensation, name="a \udcff"), Step(fails)], name="whole")
+    async with Place(server, [whole]).worker() as engine:
+        with pytest.raises(ValueError, match="file \udcff"), anyio.fail_after(ENOUGH):
+            await engine.run(whole, "x", run_id="1")
+    assert shop.log == ["a", "-a"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_outcome_with_more_than_restate_takes(anyio_backend, server, monkeypatch, fails):
+    """Results that are too large together are left out of the outcome: the end is told all the same."""
+    monkeypatch.setattr("pysagas.engines._worker.LARGEST", 1000)
+    shop = Shop()
+
+    async def large(order: str) -> str:
+        return order * 2000
+
+    end = Step(large, name="z") if not fails else shop.step("z", fails=OSError("z"))
+
+    async def answer(effect: Effect, call_next: CallNext) -> object:
+        return await call_next() if effect.name != "answered" else [await call_next()]
+
+    answered = Saga([Step(large, name="answered")], name="inner", middleware=[answer])
+    whole = Saga([Step(large), answered, end], name="whole")
+    async with Place(server, [whole]).worker() as engine:
+        if fails:
+            with pytest.raises(OSError, match="z"):
+                await engine.run(whole, "x", run_id="1")
+        else:
+            outcome = await engine.run(whole, "x", run_id="1")
+            assert outcome.state is SagaState.COMPLETED
+            assert [(step.state.value, step.result) for step in outcome.steps] == [
+                ("completed", None)
+            ] * 3
 
 
 async def test_g10_a_limit_for_a_rollback_is_refused_where_a_function_has_it(anyio_backend, server):

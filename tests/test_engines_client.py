@@ -8,6 +8,8 @@ import ssl
 import sys
 from datetime import timedelta
 
+import anyio
+import anyio.abc
 import httpx
 import pytest
 import restate
@@ -232,6 +234,110 @@ async def test_a_server_that_does_not_answer():
             await engine.cancel("1")
 
 
+class Line:
+    """What stands in for the way to a server: does the next of these things at each request."""
+
+    def __init__(self, *doings):
+        self.left = [*doings]
+        self.timeouts = []
+
+    def __call__(self, *, timeout, verify):
+        self.timeouts.append(timeout.read)
+        return self
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        pass
+
+    async def request(self, method, url, **body):
+        return await self.left.pop(0)()
+
+
+async def drops():
+    raise httpx.ReadError("gone")
+
+
+async def drops_later():
+    await anyio.sleep(0.05)
+    await drops()
+
+
+async def says_that_it_starts():
+    return httpx.Response(503, content=b"starting")
+
+
+async def answers():
+    return httpx.Response(200, content=b"here")
+
+
+async def test_a_server_that_was_there_until_now_is_waited_for_anew(monkeypatch):
+    """Whoever waits for a run, for as long as that takes, has all his patience left when the server goes."""
+    monkeypatch.setattr("pysagas.engines.restate.LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr("pysagas.engines.restate.FIRST_PAUSE", 0.0)
+    for waits in (True, False):
+        line = Line(drops_later, drops, answers)
+        monkeypatch.setattr(httpx, "AsyncClient", line)
+        engine = RestateEngine([trip], patience=0.01)
+        if waits:
+            assert b"here" == (await engine._ask("GET", "attach", waits=True)).content
+        else:
+            with pytest.raises(EngineUnavailable, match="does not answer: ReadError: gone"):
+                await engine._ask("GET", "output")
+        assert line.timeouts == [None if waits else 1.0]
+
+
+async def test_a_server_that_is_starting_is_waited_for(monkeypatch):
+    """What a proxy, or a server that is not ready, answers is no answer to what was asked."""
+    monkeypatch.setattr("pysagas.engines.restate.FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(httpx, "AsyncClient", Line(says_that_it_starts, says_that_it_starts, answers))
+    engine = RestateEngine([trip], patience=10)
+    assert b"here" == (await engine._ask("GET", "output")).content
+    engine = RestateEngine([trip], patience=-1)
+    monkeypatch.setattr(httpx, "AsyncClient", Line(says_that_it_starts))
+    with pytest.raises(EngineUnavailable, match="does not answer: 503 starting;"):
+        await engine.cancel("1")
+
+
+async def test_a_server_that_takes_a_call_and_says_nothing(monkeypatch):
+    """Only an outcome may take as long as a run does; else no answer in time is none."""
+
+    async def hold(stream):
+        async with stream:
+            await anyio.sleep_forever()
+
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        engine = RestateEngine([trip], ingress=f"http://127.0.0.1:{port}", patience=0.1)
+        with fail_after(ENOUGH):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(listener.serve, hold)
+                for call in (engine.outcome("1"), engine.cancel("1")):
+                    with pytest.raises(EngineUnavailable, match="ReadTimeout"):
+                        await call
+                tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("run_id", [".", "..", "cut \udcff"])
+async def test_a_run_id_that_cannot_stand_in_a_url_is_refused(run_id):
+    """It would name another place on the server, or none."""
+    engine = RestateEngine([trip], ingress="http://127.0.0.1:1")
+    for call in (engine.run(trip, "x", run_id=run_id), engine.outcome(run_id), engine.cancel(run_id)):
+        with pytest.raises(ValueError, match="run_id cannot be .*: it stands in the path of a URL"):
+            await call
+
+
+async def test_arguments_that_are_too_large_are_refused(monkeypatch):
+    """What Restate would refuse, again and again, is refused before the run is started."""
+    monkeypatch.setattr("pysagas.engines._limits.LARGEST_VALUE", 1000)
+    engine = RestateEngine([trip], ingress="http://127.0.0.1:1")
+    with pytest.raises(
+        NotRecordable, match="what it is called with is 2,010 bytes, and on Restate at most 1,000"
+    ):
+        await engine.run(trip, "x" * 2001, run_id="1")
+
+
 class Answers:
     """A server that gives the next of these answers to each request."""
 
@@ -240,7 +346,7 @@ class Answers:
         self.asked = []
         monkeypatch.setattr(engine, "_ask", self.ask)
 
-    async def ask(self, method, path, content=b"{}"):
+    async def ask(self, method, path, content=b"{}", *, waits=False):
         self.asked.append(f"{method} {path}")
         status, body = self.left.pop(0)
         return httpx.Response(status, content=body if isinstance(body, bytes) else json.dumps(body))
@@ -277,8 +383,11 @@ async def test_a_run_that_no_worker_has_begun_is_cancelled_when_one_does(monkeyp
         "GET restate/workflow/pysagas/a%2Fb%20c/output",
         "POST pysagas/a%2Fb%20c/cancel",
     ] * 2 == server.asked
-    Answers(engine, monkeypatch, (200, b"{}"))
+    Answers(engine, monkeypatch, (200, {"state": "completed"}))
     await engine.cancel("1")
+    Answers(engine, monkeypatch, (400, b"no"))
+    with pytest.raises(EngineError, match="run '1': .* answers 400: no"):
+        await engine.cancel("1")
     engine = RestateEngine([trip], patience=-1)
     Answers(engine, monkeypatch, (470, b""), (200, b""))
     with pytest.raises(EngineUnavailable, match="no worker has begun with it"):

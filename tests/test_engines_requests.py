@@ -256,6 +256,154 @@ async def test_a_worker_that_is_stopped_waits_for_what_it_does(anyio_backend):
     assert ends == ["long"]
 
 
+class Stop(BaseException):
+    """An order of somebody's own."""
+
+
+async def stops(*_: object) -> None:
+    raise Stop("now")
+
+
+async def interrupts(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+async def raises_a_group(*_: object) -> None:
+    raise BaseExceptionGroup("both", [ValueError(1), SystemExit(2)])
+
+
+async def cancels_itself(*_: object) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("act", [stops, interrupts, raises_a_group, cancels_itself])
+async def test_g8_whatever_an_action_raises_its_run_is_taken_back(anyio_backend, act, grouped):
+    """No exception of a step is an order to the worker, and none leaves Restate without an answer; G8, G13."""
+    shop = Shop()
+    last = Parallel(Step(act, name="last"), shop.step("b")) if grouped else Step(act, name="last")
+    whole = Saga([shop.step("a"), last], name="s")
+    server = Imitation(whole)
+    with anyio.fail_after(20):
+        ended = await server.run()
+        again = await Imitation(
+            whole, names=server.names, values=server.values, order=server.order
+        ).run()
+    assert (ended.state, shop.there) == (RunState.COMPENSATED, set())
+    assert (again.state, (again.error or {})["type"]) == (ended.state, (ended.error or {})["type"])
+
+
+@pytest.mark.parametrize("back", [stops, interrupts, raises_a_group, cancels_itself])
+async def test_g11_whatever_a_compensation_raises_the_others_run(anyio_backend, back):
+    """It is recorded as a compensation that failed, and what came before is taken back; G11."""
+    shop = Shop()
+    parts = [shop.step("a"), Step(shop.step("b").action, back, name="b"), shop.step("c", fails=True)]
+    with anyio.fail_after(20):
+        ended = await Imitation(Saga(parts, name="s")).run()
+    assert (ended.state, shop.there) == (RunState.FAILED, {"b"})
+
+
+@pytest.mark.parametrize("pace", [1, 20])
+@pytest.mark.parametrize("in_a_group", [False, True])
+async def test_a_call_that_outlives_its_saga_is_taken_back_before_the_run_ends(
+    anyio_backend, pace, in_a_group
+):
+    """`asyncio.gather` lets a failing function go while a step of it is under way: the attempt waits for it."""
+    shop = Shop()
+    tasks: list[asyncio.Future[Any]] = []
+
+    async def look() -> None:
+        await asyncio.sleep(0)
+        raise Refused("look")
+
+    @saga(name="gathers")
+    async def gathers(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        slow = shop.step("slow", pace)
+        tasks.append(asyncio.ensure_future(scope.step(Parallel(slow) if in_a_group else slow)))
+        await asyncio.gather(tasks[0], look())
+
+    server = Imitation(gathers)
+    with anyio.fail_after(20):
+        ended = await server.run()
+    assert all(task.done() for task in tasks)
+    assert shop.there == set()
+    assert shop.order.count("-slow") == shop.order.count("slow") == 1
+    assert (ended.error or {})["text"] == "look"
+
+
+@pytest.mark.parametrize("stops_at_once", [False, True])
+@pytest.mark.parametrize(("depth", "other"), [(3, 0), (6, 2), (1, 8), (14, 2)])
+async def test_d3_a_rollback_of_groups_in_groups_is_replayed_as_it_was(
+    anyio_backend, depth, other, stops_at_once
+):
+    """However deep groups stand in each other, a replay asks for what the attempt before it asked for; D3."""
+    shop = Shop()
+
+    async def back_fails() -> None:
+        for _ in range(200):
+            await asyncio.sleep(0)
+        raise OSError("q stays")
+
+    def deep(name: str, levels: int) -> Any:
+        part: Any = shop.step(name)
+        for _ in range(levels):
+            part = Parallel(part)
+        return part
+
+    q = Saga([Step(shop.step("q").action, back_fails, name="q")], name="inner")
+    group = Parallel(deep("d", depth), deep("e", other), q)
+    policy = "stop" if stops_at_once else "continue"
+    whole = Saga([group, shop.step("z", fails=True)], name="s", on_compensation_failure=policy)
+    server = Imitation(whole)
+    ended = await server.run()
+    asked, begun = list(server.names), dict(shop.begun)
+    again = await server.attempt()
+
+    assert (again.state, server.names, shop.begun) == (ended.state, asked, begun)
+    assert ended.state is RunState.FAILED
+    assert server.asked == len(asked)
+
+
+async def test_a_result_that_is_too_large_fails_its_step(anyio_backend, monkeypatch):
+    """What Restate would refuse, again and again, is no result; its undo still has it."""
+    monkeypatch.setattr("pysagas.engines._requests.LARGEST", 1000)
+    shop = Shop()
+    undone: list[int] = []
+
+    async def large() -> str:
+        return "x" * 2000
+
+    async def undo(result: str) -> None:
+        undone.append(len(result))
+
+    ended = await Imitation(Saga([shop.step("a"), Step(large, undo=undo)], name="s")).run()
+    assert (ended.state, shop.there, undone) == (RunState.COMPENSATED, set(), [2000])
+    assert "gave a result of 2," in (ended.error or {})["text"]
+    assert "and Restate takes 1,000: keep it elsewhere" in (ended.error or {})["text"]
+
+
+async def test_a_value_that_is_too_large_takes_its_run_back(anyio_backend, monkeypatch):
+    """What a saga returns is told in one message: what would not fit is refused while it can be taken back."""
+    monkeypatch.setattr("pysagas.engines._limits.LARGEST_VALUE", 1000)
+    shop = Shop()
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> str:
+        await scope.step(shop.step("a"))
+        return "x" * 2000
+
+    ended = await Imitation(whole).run()
+    assert (ended.state, shop.there) == (RunState.COMPENSATED, set())
+    assert (
+        "saga 's': its value is 2,002 bytes, and on Restate at most 1,000"
+        in (ended.error or {})["text"]
+    )
+
+
 async def test_what_the_library_raises_otherwise_ends_the_attempt(anyio_backend, monkeypatch):
     """An error of Restate's that is no cancellation is no failure of a step."""
     shop = Shop()

@@ -51,6 +51,7 @@ from pysagas.durable._events import Event, EventKind, Path, RunState
 from pysagas.durable._recalled import value_type
 from pysagas.durable._storage import Ending
 
+from ._limits import as_utf8, refuse_if_large
 from ._requests import Pause, Request, Work, read, write
 
 __all__ = ["Attempt", "Retries", "refuse_time_limits"]
@@ -61,9 +62,10 @@ CANCELLED = 409
 MEMBERS = ("action", "saga", "group")
 
 # Rounds of the event loop until the tasks of a group have begun; and until those that take a group
-# back have, which are no effects and cannot be counted.
+# back have, which are no effects and cannot be counted: some, and some for each group around them.
 ROUNDS_FORWARD = 2
 ROUNDS_BACK = 10
+ROUNDS_A_LEVEL = 6
 # Seconds after which somebody should be told that a branch waits for something that is no effect.
 LONG = 60.0
 
@@ -118,8 +120,12 @@ class Attempt:
         self._groups: set[Path] = set()
         self._unlimited: set[Path] = set()
         self._takes_groups_back = False
+        # How deep in the tree the deepest group is.
+        self._depth = 0
         # Whether the only branch talks to Restate itself.
         self._is_alone = False
+        # Whether the saga has ended; calls that it has begun in other tasks may still go on.
+        self._has_ended = False
         # Steps whose action returned what could not be recorded, and only an undo takes it back.
         self.lost: set[Path] = set()
         # Set, and counted, when something has happened in a branch.
@@ -141,15 +147,16 @@ class Attempt:
             BaseException: What ended this attempt, and not the run.
         """
         task = asyncio.ensure_future(self._run(args, kwargs))
-        task.add_done_callback(lambda _: self._move())
+        task.add_done_callback(self._note_end)
         self._watch_for_standstill(-1)
         try:
             while True:
                 await self._all_parked(task)
-                if task.done():
+                if task.done() and not await self._is_work_left():
                     break
                 self._send()
-                await self._take_answer()
+                if self._in_flight:
+                    await self._take_answer()
         except BaseException:
             self._abandon()
             under_way: set[asyncio.Future[Any]] = {task, *self.acting}
@@ -189,6 +196,25 @@ class Attempt:
         state = RunState[outcome.state.name]
         return Ending(state, b"", encode_error(error)) if error else Ending(state, self._value, None)
 
+    async def _is_work_left(self) -> bool:
+        """Tells whether a call on the saga's scope has outlived the saga; it takes itself back.
+
+        A function can have begun it in a task of its own, with `asyncio.gather` or the like.
+        """
+        for _ in range(ROUNDS_BACK + ROUNDS_A_LEVEL * self._depth):
+            await asyncio.sleep(0)
+        return bool(self._is_alone or self._new or self._in_flight)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the task of the handler is cancelled, or has ended."""
+        assert self._handler is not None
+        return self._handler.done() or self._handler.cancelling() > 0
+
+    def _note_end(self, _: object) -> None:
+        self._has_ended = True
+        self._move()
+
     async def _all_parked(self, task: asyncio.Future[Any]) -> None:
         """Waits until each branch is parked, or waits for its members; or until the run has ended."""
         rounds = ROUNDS_FORWARD
@@ -197,7 +223,8 @@ class Attempt:
                 self._moved.clear()
                 await self._moved.wait()
             if self._takes_groups_back:
-                rounds, self._takes_groups_back = ROUNDS_BACK, False
+                rounds = ROUNDS_BACK + ROUNDS_A_LEVEL * self._depth
+                self._takes_groups_back = False
             elif len(self._parked) == 1 and rounds == ROUNDS_FORWARD:
                 return
             for _ in range(rounds):
@@ -206,9 +233,9 @@ class Attempt:
                 return
 
     def _is_quiet(self, task: asyncio.Future[Any]) -> bool:
-        return task.done() or (
-            not self._is_alone
-            and all(count or self._members.get(branch) for branch, count in self._parked.items())
+        return not self._is_alone and (
+            task.done()
+            or all(count or self._members.get(branch) for branch, count in self._parked.items())
         )
 
     def _move(self) -> None:
@@ -248,7 +275,7 @@ class Attempt:
             request = in_flight.pop(future)
             await self._keep(request, future)
             self._parked[request.branch] -= 1
-            if request.order[1] == "compensation" and len(request.order[0]) > 1:
+            if request.order[1] == "compensation" and self._depth:
                 self._takes_groups_back = True
             if not request.kept.done():  # else its branch was cut off, which ends this attempt
                 request.kept.set_result(None)
@@ -330,18 +357,21 @@ class Attempt:
                 return self._whole(effect, call_next)
             case "commit":
                 return self._commit(effect, call_next)
-            case _:
+            case "rollback":
+                self._takes_groups_back = self._depth > 0
                 return call_next()
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
         result = await call_next()
-        self.records.append(write(Event(EventKind.COMMITTED, effect.path, effect.name, at=time.time())))
+        event = Event(EventKind.COMMITTED, effect.path, as_utf8(effect.name), at=time.time())
+        self.records.append(write(event))
         return result
 
     async def _group(self, effect: Effect, call_next: CallNext) -> object:
         group = call_next.definition
         assert isinstance(group, Parallel)
         self._groups.add(effect.path)
+        self._depth = max(self._depth, len(effect.path) + 1)
         if group.limit is None:
             self._unlimited.add(effect.path)
         try:
@@ -359,6 +389,7 @@ class Attempt:
         if not effect.path:
             place = f"saga {self._saga.name!r}"
             self._value = encode_result(self._codec, result, value_type(self._saga), lambda: place)
+            refuse_if_large(self._value, f"{place}: its value")
         return result
 
     # --- actions and compensations ---------------------------------------------------------------------
@@ -457,6 +488,8 @@ class Attempt:
         finally:
             self._parked[()] = 0
             self._is_alone = False
+            if self._has_ended:
+                self._move()
 
     def _park(self, request: Request) -> asyncio.Future[None]:
         """Hands a request to the handler; gives what waits until Restate has recorded what it asks for."""

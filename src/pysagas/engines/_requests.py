@@ -17,18 +17,22 @@ from types import coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import restate
+from restate.exceptions import SdkInternalBaseException
 from restate.serde import BytesSerde
 
 from pysagas import CallNext, Effect
-from pysagas.durable._codec import encode_error
+from pysagas.durable._codec import Codec, as_text, encode_error
 from pysagas.durable._ends import undo_is_lost
+from pysagas.durable._errors import NotRecordable
 from pysagas.durable._events import Event, EventKind, Path
 from pysagas.durable._records import Events, written
+
+from ._limits import LARGEST, as_utf8
 
 if TYPE_CHECKING:
     from ._attempt import Attempt
 
-__all__ = ["Pause", "Request", "Work", "read", "write"]
+__all__ = ["Pause", "Request", "Work", "read", "without_results", "write"]
 
 T = TypeVar("T")
 Order = tuple[Path, str, int]
@@ -46,6 +50,23 @@ def write(*events: Event) -> bytes:
 def read(data: bytes) -> list[Event]:
     """Gives what has happened."""
     return EVENTS.decode(data.decode())
+
+
+def without_results(records: list[bytes], codec: Codec) -> list[bytes]:
+    """Gives records in which each result is None."""
+    nothing = codec.encode(None)
+
+    def empty(event: Event) -> Event:
+        if event.kind is EventKind.DONE:
+            return event._replace(data=nothing)
+        if event.kind is EventKind.ANSWERED:
+            answered = json.loads(event.data)
+            result = None if answered["result"] is None else as_text(nothing)
+            answered = {**answered, "result": result, "answer": as_text(nothing)}
+            return event._replace(data=json.dumps(answered).encode())
+        return event
+
+    return [write(*map(empty, read(record))) for record in records]
 
 
 class Request:
@@ -109,11 +130,11 @@ class Work(Request):
         _, kind, number = self.order
         again = f" attempt {number}" if number > 1 else ""
         name = f"{kind} {self.effect.name} [{self.place}]{again}"
-        return context.run_typed(name, self.run, RAW)
+        return context.run_typed(as_utf8(name), self.run, RAW)
 
     async def run(self) -> bytes:
         """Does it; called by Restate's library, where nothing is recorded."""
-        attempt, effect = self._attempt, self.effect
+        attempt = self._attempt
         task = asyncio.current_task()
         assert task is not None
         if attempt.abandoned is not None:
@@ -123,13 +144,32 @@ class Work(Request):
             began = time.time()
             kind, data = await _in_context(self._context, self._act())
             self.ran = True
-            self.record = write(
-                Event(BEGINS[effect.kind], effect.path, effect.name, at=began),
-                Event(kind, effect.path, effect.name, data, time.time()),
-            )
+            self.record = self._write(began, kind, data)
+            if len(self.record) > LARGEST and self.effect.kind == "action":
+                kind, data = self._too_large(len(self.record))
+                self.record = self._write(began, kind, data)
             return self.record
         finally:
             attempt.acting.discard(task)
+
+    def _write(self, began: float, kind: EventKind, data: bytes) -> bytes:
+        path, name = self.effect.path, as_utf8(self.effect.name)
+        return write(
+            Event(BEGINS[self.effect.kind], path, name, at=began),
+            Event(kind, path, name, data, time.time()),
+        )
+
+    def _too_large(self, size: int) -> tuple[EventKind, bytes]:
+        """Fails a step whose result Restate would not take; an undo in this attempt still has it."""
+        effect, step = self.effect, self._call_next.step
+        assert step is not None
+        error = NotRecordable(
+            f"step {effect.name!r} of saga {effect.saga!r} at {effect.path} gave a result of {size:,} bytes, "
+            f"and Restate takes {LARGEST:,}: keep it elsewhere, and return its name"
+        )
+        self.raised = error
+        failure = {"state": step.state.value, "result": None, "error": encode_error(error)}
+        return EventKind.FAILED, json.dumps(failure).encode()
 
     async def _act(self) -> tuple[EventKind, bytes]:
         attempt, effect, step = self._attempt, self.effect, self._call_next.step
@@ -151,16 +191,18 @@ class Work(Request):
         return EventKind.COMPENSATED, b""
 
     def _is_its_own(self, error: BaseException) -> bool:
-        """Tells whether a step has raised it by itself; then its run fails by it.
+        """Tells whether a step has raised it by itself; then its run fails by it, whatever it is.
 
-        A SystemExit is no order to this worker. A cancellation may be that of a future that was
-        awaited, and of nobody else.
+        A SystemExit or KeyboardInterrupt is no order to this worker: it would be one to the next worker,
+        too. A cancellation may be that of a future that was awaited, or of the action's own task; who
+        ends the worker cancels the task of the handler as well.
         """
         if not isinstance(error, asyncio.CancelledError):
-            return isinstance(error, Exception | SystemExit)
+            return not isinstance(error, GeneratorExit | SdkInternalBaseException)
         task = asyncio.current_task()
         assert task is not None
-        return self._attempt.abandoned is None and not task.cancelling()
+        attempt = self._attempt
+        return attempt.abandoned is None and not (task.cancelling() and attempt.is_stopped)
 
 
 @coroutine

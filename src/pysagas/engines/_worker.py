@@ -21,6 +21,8 @@ from pysagas.durable._codec import as_text
 
 from ._attempt import Attempt, Retries
 from ._errors import EngineError
+from ._limits import LARGEST, as_utf8
+from ._requests import without_results
 
 __all__ = ["ASGIApp", "make_app"]
 
@@ -127,20 +129,23 @@ async def _attempt(
     saga, args, kwargs = read_call(call)
     attempt = Attempt(context, saga, context.key(), codec, retries)
     ending = await attempt.carry_out(args, kwargs)
-    outcome = json.dumps(
-        {
-            "call": as_text(call),
-            "state": ending.state.value,
-            "value": as_text(ending.value),
-            "error": ending.error,
-            "records": [record.decode() for record in attempt.records],
-        }
-    )
+    told: dict[str, Any] = {
+        "call": as_text(call),
+        "state": ending.state.value,
+        "value": as_text(ending.value),
+        "error": ending.error,
+        "records": [record.decode() for record in attempt.records],
+    }
+    outcome = json.dumps(told)
+    if len(outcome) > LARGEST:
+        # The results of all steps are more than Restate would take at once: all else is told.
+        records = without_results(attempt.records, codec)
+        outcome = json.dumps({**told, "records": [record.decode() for record in records]})
     if ending.state is RunState.COMPLETED:
         return outcome.encode()
     assert ending.error is not None
     # So that it is shown as failed to whoever looks at the server.
-    said = f"{ending.error['type'].rpartition(':')[2]}: {ending.error['text']}"
+    said = as_utf8(f"{ending.error['type'].rpartition(':')[2]}: {ending.error['text']}")
     raise restate.TerminalError(said, 500, metadata={"outcome": outcome})
 
 

@@ -39,6 +39,7 @@ from pysagas.durable._records import Events
 from pysagas.durable._storage import Ending
 
 from ._errors import EngineError, EngineUnavailable
+from ._limits import as_utf8, refuse_if_large
 
 if TYPE_CHECKING:
     import ssl
@@ -53,6 +54,7 @@ __all__ = ["EngineError", "EngineUnavailable", "RestateEngine"]
 T = TypeVar("T")
 AnySaga = Saga[..., Any]
 OK, NOT_FOUND = 200, 404
+NOT_THERE = (502, 503, 504)  # what a proxy answers, and a server that is only starting
 NOT_YET = 470  # what Restate answers when asked for the outcome of a run that has not ended
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 # How long a worker may take to tell with which arguments a run was started; and whether it knows a saga.
@@ -216,7 +218,7 @@ class RestateEngine:
             EngineError: The server refuses the call.
         """
         call = await self._start(saga, args, kwargs, run_id, exceptions, "run")
-        answer = await self._ask("GET", f"restate/workflow/{self._key(run_id)}/attach")
+        answer = await self._ask("GET", f"restate/workflow/{self._key(run_id)}/attach", waits=True)
         return self._outcome(answer, run_id, saga, call, exceptions)
 
     async def submit(self, saga: AnySaga, *args: Any, run_id: str, **kwargs: Any) -> None:
@@ -255,6 +257,7 @@ class RestateEngine:
             if answer.status_code == NOT_FOUND:
                 self._refused(answer, f"run {run_id!r} cannot be cancelled")
             if answer.status_code != NOT_YET:
+                self._recorded(answer, run_id)
                 return  # it has ended
             answer = await self._ask("POST", f"{self._key(run_id)}/cancel")
             if answer.status_code != OK:
@@ -284,6 +287,7 @@ class RestateEngine:
             raise EngineError(f"{place}: {self._unknown(saga.name, saga.version)}")
         data = encode_arguments(self._codec, args, kwargs, function_of(saga), place)
         saga.check_call(args, kwargs, f"{{}}.{what}")
+        refuse_if_large(data, f"{place}: what it is called with")
         call = json.dumps({"saga": saga.name, "version": saga.version, "args": as_text(data)}).encode()
         await self._check_worker(saga, call, run_id, place)
         answer = await self._ask("POST", f"{self._key(run_id)}/run/send", call)
@@ -369,6 +373,8 @@ class RestateEngine:
         raise EngineError(f"{what}: Restate at {self._ingress} answers {answer.status_code}: {said}")
 
     def _key(self, run_id: str) -> str:
+        if run_id in (".", "..") or run_id != as_utf8(run_id):
+            raise ValueError(f"run_id cannot be {run_id!r}: it stands in the path of a URL")
         return f"{quote(self._name, safe='')}/{quote(run_id, safe='')}"
 
     @cached_property
@@ -378,8 +384,17 @@ class RestateEngine:
 
         return self._ingress.startswith("https:") and httpx.create_ssl_context()
 
-    async def _ask(self, method: str, path: str, content: bytes = b"{}") -> httpx.Response:
-        """Asks the server, again and again while it does not answer; all that is asked is harmless twice."""
+    async def _ask(
+        self, method: str, path: str, content: bytes = b"{}", *, waits: bool = False
+    ) -> httpx.Response:
+        """Asks the server, again and again while it does not answer; all that is asked is harmless twice.
+
+        Args:
+            method: Of HTTP.
+            path: What is asked.
+            content: What is sent along.
+            waits: Whether the answer may take as long as a run does.
+        """
         import httpx  # noqa: PLC0415
 
         body: dict[str, Any] = {}
@@ -387,18 +402,25 @@ class RestateEngine:
             body = {"content": content, "headers": {"content-type": "application/json"}}
         pause = FIRST_PAUSE
         ends = anyio.current_time() + self._patience
-        timeout = httpx.Timeout(None, connect=10.0)
+        timeout = httpx.Timeout(None if waits else max(self._patience, 1.0), connect=10.0)
         async with httpx.AsyncClient(timeout=timeout, verify=self._tls) as client:
             while True:
+                asked = anyio.current_time()
+                cause: Exception | None = None
                 try:
-                    return await client.request(method, f"{self._ingress}/{path}", **body)
+                    answer = await client.request(method, f"{self._ingress}/{path}", **body)
+                    if answer.status_code not in NOT_THERE:
+                        return answer
+                    problem = f"{answer.status_code} {answer.text}"
                 except httpx.TransportError as error:
-                    if anyio.current_time() + pause > ends:
-                        raise EngineUnavailable(
-                            f"Restate at {self._ingress} does not answer: {type(error).__name__}: {error}; a "
-                            "run that has been started goes on when it is there again: call again with the "
-                            "same run id"
-                        ) from error
+                    problem, cause = f"{type(error).__name__}: {error}", error
+                    if waits and anyio.current_time() > asked + LONGEST_PAUSE:
+                        ends = anyio.current_time() + self._patience  # it was there until now
+                if anyio.current_time() + pause > ends:
+                    raise EngineUnavailable(
+                        f"Restate at {self._ingress} does not answer: {problem}; a run that has been started "
+                        "goes on when it is there again: call again with the same run id"
+                    ) from cause
                 await anyio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
