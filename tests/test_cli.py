@@ -1219,3 +1219,12 @@ def test_readme_shows_what_happens(tmp_path):
         assert ended.returncode == (-signal.SIGKILL if "--crash" in command else 0)
         assert same_each_time(ended.stdout) == same_each_time(output)
         assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("command", [("list",), ("recover", "--app", "shop:order")])
+def test_an_empty_file_is_not_made_a_journal(shop, refused, command):
+    """No command makes a journal, of a file that happens to be there neither."""
+    Path("empty.db").touch()
+    said = refused(*command, "--journal", "empty.db")
+    assert "Invalid value for --journal: empty.db is empty, and no journal" in said
+    assert Path("empty.db").stat().st_size == 0

@@ -35,7 +35,7 @@ INVISIBLE = re.compile(r"^<!--- invisible-code-block: python$", re.MULTILINE)
 # What a line of a shell block may be. `&&` joins several.
 COMMANDS = re.compile(
     r"python3 -m venv \.venv"
-    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(cli|durable|opentelemetry|progress|restate|testing|trio)\]\")( hypercorn)?( --group \w+)*"
+    r"|\.venv/bin/pip install (--upgrade pip|nox|-e \.|\.|\"\.\[(cli|durable|opentelemetry|progress|restate|testing|trio)\]\")( hypercorn| fastapi uvicorn)?( --group \w+)*"
     r"|npm install --ignore-scripts @restatedev/restate-server"
     r"|\.venv/bin/python -m pysagas"
     r"|\.venv/bin/pysagas (demo|list|show|watch|graph|recover|retry|prune)( [\w.:-]+)*"

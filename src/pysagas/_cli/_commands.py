@@ -390,11 +390,18 @@ def demo(context: typer.Context) -> int:
 # --- how ----------------------------------------------------------------------------------------
 
 
+def refuse_empty(path: Path) -> None:
+    """Refuses a file that opening it would make a journal of."""
+    if path.stat().st_size == 0:
+        raise typer.BadParameter(f"{path} is empty, and no journal", param_hint="--journal")
+
+
 def in_journal(path: Path, work: Callable[[SQLiteJournal], Awaitable[T]]) -> T:
     async def opened() -> T:
         async with SQLiteJournal(path) as journal:
             return await work(journal)
 
+    refuse_empty(path)
     try:
         return anyio.run(opened)
     except JournalError as error:
@@ -423,6 +430,7 @@ def with_app(
         async with open_app(app) as sagas, SQLiteJournal(path) as journal:
             return await work(journal, sagas)
 
+    refuse_empty(path)
     try:
         return run_app(opened, backend, quiet=quiet)
     except JournalError as error:
