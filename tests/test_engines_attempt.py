@@ -114,9 +114,12 @@ class Place:
                 yield engine
         finally:
             stop.set()
-            # Hypercorn does not expect that tasks which it has cancelled take their time.
-            with suppress(asyncio.CancelledError, asyncio.InvalidStateError, TimeoutError):
+            # Hypercorn does not expect that tasks which it has cancelled take their time; nor that the
+            # server has something more to say of a stream which it has just closed: a KeyError.
+            try:
                 await asyncio.wait_for(task, 1)
+            except* (asyncio.CancelledError, asyncio.InvalidStateError, TimeoutError, KeyError):
+                pass
 
     async def restart_server(self) -> None:
         await anyio.to_thread.run_sync(self.server.kill)

@@ -72,13 +72,15 @@ def without_results(records: list[bytes], codec: Codec) -> list[bytes]:
 class Request:
     """What a parked branch waits for."""
 
-    __slots__ = ("branch", "kept", "order", "record")
+    __slots__ = ("branch", "is_kept", "kept", "order", "record")
 
     # Done when it is recorded; made when its branch parks.
     kept: asyncio.Future[None]
 
     def __init__(self, branch: Path, order: Order) -> None:
         self.branch = branch
+        # Whether it is recorded, and its branch may go on.
+        self.is_kept = False
         # Among those that are new: by their paths.
         self.order = order
         # What is recorded of it; None while nothing is, and for a pause.
