@@ -228,6 +228,7 @@ def unannotated(): ...
         pytest.param(unannotated, Any, id="unannotated"),
         pytest.param(len, Any, id="builtin"),
         pytest.param([].append, Any, id="method of a builtin"),
+        pytest.param([].__len__, Any, id="method of a builtin that has no weak reference"),
         pytest.param(partial(Trip), Trip, id="partial of a dataclass"),
         pytest.param(partial(partial(Booking), 1), Booking, id="partial of a partial of a class"),
     ],
@@ -1261,6 +1262,7 @@ def test_d5_a_function_that_does_not_say_what_it_takes_takes_plain_values():
     data = encode_arguments(codec, (1, "x"), {}, min, "here")
 
     assert decode_arguments(codec, data, min, "here") == ((1, "x"), {})
+    assert decode_arguments(codec, data, [].__contains__, "here") == ((1, "x"), {})
 
 
 def test_d5_arguments_that_would_come_back_as_an_equal_of_another_type_are_not_recordable():

@@ -37,6 +37,7 @@ from pysagas.durable import (
     SQLiteJournal,
     _locks,
     _records,
+    _sqlite,
 )
 
 pytestmark = pytest.mark.anyio
@@ -1076,6 +1077,18 @@ async def test_d8_a_record_that_is_damaged_keeps_nobody_else_from_anything(path)
             assert "a record cannot be read" in str(report.left[0].error)
             assert ["running", "completed"] == [info.state.value for info in await journal.runs()]
             assert journal._owed == []
+
+
+async def test_d8_a_disk_that_fails_as_a_run_is_let_go_is_no_damaged_record():
+    """That the number of the next event cannot be read says something against the record, or against the disk (D8)."""
+
+    class Failing:
+        def execute(self, *_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+    broken: Any = Failing()
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        _sqlite._number_after(broken, 1)
 
 
 async def test_d6_a_journal_that_is_being_opened_is_not_opened_again(path):

@@ -228,6 +228,25 @@ async def test_a_branch_that_is_cut_off_ends_the_attempt(anyio_backend, in_a_gro
     assert "-a" not in shop.begun
 
 
+async def test_a_member_that_is_cut_off_after_a_sibling_has_failed_ends_the_attempt(anyio_backend):
+    """A sibling's failure lets the step at which it is come to its end; whoever cancels its task is told."""
+    shop = Shop()
+    whole = Saga([Parallel(shop.step("a", fails=True), shop.step("b", 10**9))], name="s")
+    attempt = asyncio.ensure_future(Imitation(whole).attempt())
+    with anyio.fail_after(20):
+        while "a" not in shop.there:
+            await asyncio.sleep(0)
+        for _ in range(50):  # the failure has reached the group
+            await asyncio.sleep(0)
+        assert not attempt.done()
+        for task in asyncio.all_tasks():
+            if "_forward" in task.get_name():
+                task.cancel()
+        with pytest.raises(SagaDefinitionError, match="was cancelled while it waited for action 'b'"):
+            await attempt
+    assert not any(name.startswith("-") for name in shop.begun)
+
+
 async def test_a_worker_that_is_stopped_waits_for_what_it_does(anyio_backend):
     """The task of the handler is cancelled: an action in a thread ends first, and others are cut off."""
     release = anyio.Event()

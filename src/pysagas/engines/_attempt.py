@@ -359,7 +359,7 @@ class Attempt:
                 return self._whole(effect, call_next)
             case "commit":
                 return self._commit(effect, call_next)
-            case "rollback":
+            case _:  # a rollback
                 self._takes_groups_back = self._depth > 0
                 return call_next()
 
@@ -471,7 +471,7 @@ class Attempt:
             else:
                 await self._park(request)
         except asyncio.CancelledError:
-            if is_alone or not _is_cancelled_by_scope():
+            if is_alone or self.abandoned is not None or not _is_cancelled_by_scope():
                 self._cut_off(effect)
             await self._recorded_all_the_same(request, effect)
 
@@ -481,8 +481,6 @@ class Attempt:
         The shield comes now, and not before: most members have no sibling that fails, and for each of
         them it would be a tenth of what a step costs this worker.
         """
-        if self.abandoned is not None:
-            raise self.abandoned
         if not request.is_kept:
             request.kept = asyncio.get_running_loop().create_future()  # the other one is cancelled
             try:
