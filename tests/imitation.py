@@ -135,9 +135,9 @@ class Context:
         while self.seen == len(self.order):
             if self.problem is not None:
                 raise self.problem
+            self.something.clear()  # before they begin: an eager task may be over at once
             for number in sorted(self.to_do):
                 self.tasks.add(asyncio.ensure_future(self.do(number, self.to_do.pop(number))))
-            self.something.clear()
             await self.something.wait()
         self.seen += 1
         if self.order[self.seen - 1] is None:
