@@ -48,6 +48,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     Each full collection went through them all, and those tests that collect garbage took seconds.
     """
     del session
+    freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Does so again, now and then, with what tests have left: a collection is a pause in a timed test."""
+    del item
+    global tests_run  # noqa: PLW0603
+    tests_run += 1
+    if tests_run % 200 == 0:
+        freeze()
+
+
+tests_run = 0
+
+
+def freeze() -> None:
     # As it is imported, Hypothesis asks the collector who refers to Trio's source of random numbers,
     # and the collector does not see what is frozen.
     if "hypothesis" in sys.modules:

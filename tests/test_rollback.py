@@ -877,12 +877,12 @@ async def test_g10_no_time_at_all(middleware: Any, world: World) -> None:
     ("outer_limit", "inner_limit", "expected"),
     [
         # The inner limit is for the inner saga: the outer one goes on.
-        (None, 0.1, {"a": "COMPENSATED", "b": "COMPLETED"}),
-        (100, 0.1, {"a": "COMPENSATED", "b": "COMPLETED"}),
+        (None, 0.4, {"a": "COMPENSATED", "b": "COMPLETED"}),
+        (100, 0.4, {"a": "COMPENSATED", "b": "COMPLETED"}),
         # The smaller one is that of the outer saga: its time is up for all.
-        (0.1, None, {"a": "COMPLETED", "b": "COMPLETED"}),
-        (0.1, 100, {"a": "COMPLETED", "b": "COMPLETED"}),
-        (0.1, 0.1, {"a": "COMPLETED", "b": "COMPLETED"}),
+        (0.4, None, {"a": "COMPLETED", "b": "COMPLETED"}),
+        (0.4, 100, {"a": "COMPLETED", "b": "COMPLETED"}),
+        (0.4, 0.4, {"a": "COMPLETED", "b": "COMPLETED"}),
     ],
 )
 @pytest.mark.parametrize("in_group", [False, True])
@@ -913,7 +913,7 @@ async def test_g10_the_smallest_limit_of_those_around_counts(
         "c": "COMPENSATION_FAILED",
         "d": "COMPENSATED",
     }
-    assert any("0.1" in str(failure) for failure in error.failures)
+    assert any("0.4" in str(failure) for failure in error.failures)
 
 
 @both_ways

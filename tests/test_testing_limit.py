@@ -17,7 +17,7 @@ from pysagas.testing._limit import Limit
 
 pytestmark = pytest.mark.anyio
 
-SOON = 0.15
+SOON = 0.4
 virtual = pytest.mark.parametrize("anyio_backend", [("trio", virtual_time())], ids=["virtual"])
 
 
@@ -53,7 +53,7 @@ async def test_a_compensation_that_waits_for_ever_is_found():
 
     assert without_native(found(report)) == BEFORE
     assert {result.problem for result in report.failures} == {
-        "taking back put: still waiting after 0.15 s"
+        "taking back put: still waiting after 0.4 s"
     }
 
 
@@ -85,7 +85,7 @@ async def test_an_action_that_waits_for_ever(options):
 
         return Saga([Step(put, world.back("a"), **options)])
 
-    with pytest.raises(CannotExplore, match="without any fault: put: still waiting after 0.15 s"):
+    with pytest.raises(CannotExplore, match="without any fault: put: still waiting after 0.4 s"):
         await explore(Lab(build), timeout=SOON)
 
 
@@ -100,7 +100,7 @@ async def test_a_function_that_waits_for_ever_between_its_steps():
 
         return tested
 
-    with pytest.raises(CannotExplore, match="without any fault: the run: still waiting after 0.15 s"):
+    with pytest.raises(CannotExplore, match="without any fault: the run: still waiting after 0.4 s"):
         await explore(Lab(build), timeout=SOON)
 
 
@@ -114,8 +114,8 @@ async def test_a_retry_that_waits_for_ever():
     report = await explore(Lab(build), timeout=SOON)
 
     problems = {str(result.plan): result.problem for result in report.failures}
-    assert problems["a: fails before its effect"] == "a: still waiting after 0.15 s"
-    assert problems["taking back a: fails"] == "taking back a: still waiting after 0.15 s"
+    assert problems["a: fails before its effect"] == "a: still waiting after 0.4 s"
+    assert problems["taking back a: fails"] == "taking back a: still waiting after 0.4 s"
 
 
 async def test_what_waits_at_the_same_time_is_named_together():
