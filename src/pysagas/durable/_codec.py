@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from pysagas import Bound, CompensationFailed, Step
 
@@ -69,7 +69,7 @@ class JSONCodec:
 
     # Types whose values come back as they were, if they can be written at all; a codec of the user's own
     # need not say so of any.
-    plain = (str, int, bool, type(None))
+    plain: ClassVar[tuple[type, ...]] = (str, int, bool, type(None))
 
     def __init__(self) -> None:
         """Makes one.

@@ -113,7 +113,7 @@ class RecoveryReport:
 
     @property
     def in_doubt(self) -> tuple[Recovered, ...]:
-        """Those that have ended, and have left steps in doubt: see `Recovered.in_doubt`."""
+        """Those that have ended, and have left steps in doubt: see their ``in_doubt``."""
         return tuple(one for one in (*self.recovered, *self.failed) if one.in_doubt)
 
     @property
