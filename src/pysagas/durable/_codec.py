@@ -154,8 +154,8 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
         data = codec.encode(value)
     except Exception as error:
         raise NotRecordable(
-            f"{place()} gave {text_of(value, repr)}, which cannot be recorded: {error}; return plain values, "
-            "dataclasses or msgspec structs, or give the journal, or the engine, a codec"
+            f"{place()} gave {text_of(value, repr)}, which cannot be recorded: {error}; return plain "
+            "values, dataclasses or msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     if _is_plain(codec, value, kind):
         return data
@@ -168,8 +168,8 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
     if not same:
         shown = "no type" if kind is Any else f"the type {kind!r}"
         raise NotRecordable(
-            f"{place()} gave {text_of(value, repr)}, which {problem}; it is annotated with {shown}: annotate it with "
-            "the type that it has"
+            f"{place()} gave {text_of(value, repr)}, which {problem}; it is annotated with {shown}: "
+            "annotate it with the type that it has"
         )
     return data
 
@@ -207,7 +207,8 @@ def encode_arguments(
         ) from error
     if not _are_same((args, kwargs), back):
         raise NotRecordable(
-            f"{place}: its arguments {_shown(args, kwargs)} would come back as {_shown(*back)}; annotate the parameters with the types that they have"
+            f"{place}: its arguments {_shown(args, kwargs)} would come back as {_shown(*back)}; "
+            "annotate the parameters with the types that they have"
         )
     return data
 

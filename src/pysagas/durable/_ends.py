@@ -95,11 +95,28 @@ class Ends:
         cut_off = EventKind.CUT_OFF, step.state.value.encode()
         return [cut_off] if result is None else [(EventKind.DONE, as_bytes(result)), cut_off]
 
-    def failed(self, effect: Effect, step: StepInHand, error: BaseException) -> Written:
-        """Writes what an action failed by, and the state in which that left its step."""
-        result = self._encode_result(effect, step)
+    def failed(
+        self, effect: Effect, step: StepInHand, error: BaseException, *, is_lost: bool = False
+    ) -> Written:
+        """Writes what an action failed by, and the state in which that left its step.
+
+        What it had returned is written along, unless that `is_lost`.
+        """
+        result = None if is_lost else self._encode_result(effect, step)
         failure = {"state": step.state.value, "result": result, "error": encode_error(error)}
         return EventKind.FAILED, json.dumps(failure).encode()
+
+    def without_result(self, event: Event) -> Event:
+        """Gives an event in which what was returned is None."""
+        nothing = self._codec.encode(None)
+        if event.kind is EventKind.DONE:
+            return event._replace(data=nothing)
+        if event.kind is EventKind.ANSWERED:
+            answered = json.loads(event.data)
+            result = None if answered["result"] is None else as_text(nothing)
+            answered = {**answered, "result": result, "answer": as_text(nothing)}
+            return event._replace(data=json.dumps(answered).encode())
+        return event
 
     def read(self, effect: Effect, step: StepInHand, event: Event) -> Ended:
         """Reads how an action ended.

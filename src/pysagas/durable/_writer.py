@@ -208,8 +208,8 @@ class Writer:
 
         Raises:
             BaseException: What it raised.
-            JournalError: SQLite refused what it asked; the batch could not be written; or this is another event loop than that of
-                the writer.
+            JournalError: SQLite refused what it asked; the batch could not be written; or this is
+                another event loop than that of the writer.
         """
         if current_token().native_token is not self._loop:
             # Nobody would be woken here. All that is done with a run begins with such a call.

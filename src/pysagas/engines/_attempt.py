@@ -202,9 +202,13 @@ class Attempt:
 
         A function can have begun it in a task of its own, with `asyncio.gather` or the like.
         """
-        for _ in range(ROUNDS_BACK + ROUNDS_A_LEVEL * self._depth):
+        for _ in range(self._rounds_back):
             await asyncio.sleep(0)
         return bool(self._is_alone or self._new or self._in_flight)
+
+    @property
+    def _rounds_back(self) -> int:
+        return ROUNDS_BACK + ROUNDS_A_LEVEL * self._depth
 
     @property
     def is_stopped(self) -> bool:
@@ -224,8 +228,7 @@ class Attempt:
                 self._moved.clear()
                 await self._moved.wait()
             if self._takes_groups_back:
-                rounds = ROUNDS_BACK + ROUNDS_A_LEVEL * self._depth
-                self._takes_groups_back = False
+                rounds, self._takes_groups_back = self._rounds_back, False
             elif len(self._parked) == 1 and rounds == ROUNDS_FORWARD:
                 return
             for _ in range(rounds):

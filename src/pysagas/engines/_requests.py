@@ -21,8 +21,8 @@ from restate.exceptions import SdkInternalBaseException
 from restate.serde import BytesSerde
 
 from pysagas import CallNext, Effect
-from pysagas.durable._codec import Codec, as_text, encode_error
-from pysagas.durable._ends import undo_is_lost
+from pysagas.durable._codec import encode_error
+from pysagas.durable._ends import Ends, undo_is_lost
 from pysagas.durable._errors import NotRecordable
 from pysagas.durable._events import Event, EventKind, Path
 from pysagas.durable._records import Events, written
@@ -52,21 +52,9 @@ def read(data: bytes) -> list[Event]:
     return EVENTS.decode(data.decode())
 
 
-def without_results(records: list[bytes], codec: Codec) -> list[bytes]:
+def without_results(records: list[bytes], ends: Ends) -> list[bytes]:
     """Gives records in which each result is None."""
-    nothing = codec.encode(None)
-
-    def empty(event: Event) -> Event:
-        if event.kind is EventKind.DONE:
-            return event._replace(data=nothing)
-        if event.kind is EventKind.ANSWERED:
-            answered = json.loads(event.data)
-            result = None if answered["result"] is None else as_text(nothing)
-            answered = {**answered, "result": result, "answer": as_text(nothing)}
-            return event._replace(data=json.dumps(answered).encode())
-        return event
-
-    return [write(*map(empty, read(record))) for record in records]
+    return [write(*map(ends.without_result, read(record))) for record in records]
 
 
 class Request:
@@ -170,8 +158,7 @@ class Work(Request):
             f"and Restate takes {LARGEST:,}: keep it elsewhere, and return its name"
         )
         self.raised = error
-        failure = {"state": step.state.value, "result": None, "error": encode_error(error)}
-        return EventKind.FAILED, json.dumps(failure).encode()
+        return self._attempt.ends.failed(effect, step, error, is_lost=True)
 
     async def _act(self) -> tuple[EventKind, bytes]:
         attempt, effect, step = self._attempt, self.effect, self._call_next.step

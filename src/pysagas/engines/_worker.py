@@ -139,7 +139,7 @@ async def _attempt(
     outcome = json.dumps(told)
     if len(outcome) > LARGEST:
         # The results of all steps are more than Restate would take at once: all else is told.
-        records = without_results(attempt.records, codec)
+        records = without_results(attempt.records, attempt.ends)
         outcome = json.dumps({**told, "records": [record.decode() for record in records]})
     if ending.state is RunState.COMPLETED:
         return outcome.encode()
