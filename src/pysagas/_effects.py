@@ -206,7 +206,7 @@ def note_time(effect: Effect, began: float, ended: float) -> None:
         place.note_time(effect, began, ended)
 
 
-class _CallNext:
+class CallRest:
     """The rest of a chain, from one middleware on."""
 
     __slots__ = (
@@ -271,7 +271,7 @@ async def through(
     """Runs an effect through a chain of middleware, outermost first."""
     if not middleware:
         return await innermost()
-    rest = _CallNext(middleware[1:], effect, innermost, step, definition)
+    rest = CallRest(middleware[1:], effect, innermost, step, definition)
     try:
         return await middleware[0](effect, rest)
     finally:

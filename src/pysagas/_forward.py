@@ -19,7 +19,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempts import COMPLETED, NOT_APPLIED, NOT_STARTED, UNKNOWN, attempt
 from ._definitions import Bound, Commit, Definition, Parallel, Step
-from ._effects import Effect, Middleware, current_place, through
+from ._effects import CallRest, Effect, Middleware, current_place, through
 from ._errors import (
     MiddlewareError,
     give_context,
@@ -131,9 +131,16 @@ async def _carry_out_step(record: Record, owner: Sequence, path: Path) -> Any:
     act: Callable[[], Awaitable[Any]] = (
         partial(attempt, record, step) if step.attempts is None else partial(step.attempts, record)
     )
-    if not owner.middleware:
+    middleware = owner.middleware
+    if not middleware:
         return await act()
-    result = await through(owner.middleware, owner.effect("action", step.name, path), act, record)
+    # As `through`, written out: that would be one coroutine more for each step.
+    effect = owner.effect("action", step.name, path)
+    rest = CallRest(middleware[1:], effect, act, record, None)
+    try:
+        result = await middleware[0](effect, rest)
+    finally:
+        rest.ended = True
     if record.state is NOT_STARTED:
         # A middleware answered in the action's place.
         record.state = COMPLETED
