@@ -1242,6 +1242,32 @@ async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
     assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
 
 
+async def test_d8_a_commit_that_was_taken_just_before_the_journal_was_closed_is_passed(path):
+    """It is written all the same: nothing of what was before it is taken back, and recovery goes on (D8)."""
+    shop = Shop()
+    whole = Saga([shop.step("a"), Commit(), shop.step("c")], name="s")
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+    append = journal._append
+
+    async with create_task_group() as tasks:
+
+        def closed_after(key: int, kind: EventKind, *event: Any) -> None:
+            append(key, kind, *event)
+            if kind is EventKind.COMMITTED:
+                writer, journal._writer = journal._writer, None
+                assert writer is not None
+                tasks.start_soon(writer.stop)
+
+        journal._append = closed_after
+        with pytest.raises(JournalError, match="is not open"):
+            await journal.run(whole, run_id="r")
+    assert shop.log == ["a"]
+    info = await recovered_by_another(path, whole)
+
+    assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
+
+
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 @pytest.mark.parametrize("how", ["the journal is closed", "what comes after it is lost"])
 async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(path, how):
@@ -1255,11 +1281,11 @@ async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(pa
     assert writer is not None
     encode = writer._encode
 
-    def slow(events: list[Any]) -> str:
-        if any(kind == "committed" for kind, *_ in events):
+    def slow(records: Any) -> str:
+        if any(kind == "committed" for _, _, events in records for kind, *_ in events):
             at_work.set()
             assert go.wait(ENOUGH)
-        return encode(events)
+        return encode(records)
 
     def full(_: sqlite3.Connection) -> None:
         raise sqlite3.OperationalError("database or disk is full")
@@ -1270,7 +1296,7 @@ async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(pa
 
     writer._encode = slow
     run = asyncio.ensure_future(journal.run(whole, run_id="r"))
-    await anyio.to_thread.run_sync(at_work.wait)
+    assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
     closed = how == "the journal is closed"
     other = journal.__aexit__(None, None, None) if closed else lose_what_comes_next()
     beside = asyncio.ensure_future(other)
@@ -1312,6 +1338,18 @@ async def test_d8_a_locked_file_leaves_a_run_past_its_commit_to_recovery(path):
     info = await recovered_by_another(path, whole)
 
     assert (info.state, shop.there) == (RunState.COMPLETED, {"a", "b", "c"})
+
+
+async def test_d8_a_release_of_sqlite_that_is_too_old_is_refused(path, monkeypatch):
+    """Whoever has an SQLite that lacks something is told so, and no file is made (D8)."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 32, 3))
+    monkeypatch.setattr(sqlite3, "sqlite_version", "3.32.3")
+    with pytest.raises(
+        JournalError, match="it needs SQLite 3.33.0 or newer, and this Python has 3.32.3"
+    ):
+        async with SQLiteJournal(path):
+            pass
+    assert not path.exists()
 
 
 async def test_d8_a_file_that_became_read_only_takes_the_run_back(path):

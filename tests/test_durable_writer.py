@@ -17,7 +17,7 @@ import pytest
 from anyio import create_task_group, fail_after, wait_all_tasks_blocked
 
 from pysagas.durable import JournalError
-from pysagas.durable._writer import Writer
+from pysagas.durable._writer import FEW, Writer
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +34,12 @@ class Disk:
         self.threads: set[str] = set()
         self.closed = 0
         self.woken = 0
+        self.under_way = 0
 
     def connect(self) -> sqlite3.Connection:
         self.threads.add(threading.current_thread().name)
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")  # so that who looks keeps nobody from writing
         connection.execute(TABLE)
         connection.set_trace_callback(self.statements.append)
         return connection
@@ -48,18 +50,23 @@ class Disk:
         self.closed += 1
 
     def writer(self) -> Writer:
-        writer = Writer(self.connect, self.close, encode, "journal here")
-        in_loop = writer._in_loop
+        writer = Writer(self.connect, self.close, encode, "journal here", lambda: self.under_way)
+        call_soon = writer._loop.call_soon
 
-        def count(wake: Any) -> None:
+        def count(*call: Any) -> None:
             self.woken += 1
-            in_loop(wake)
+            call_soon(*call)
 
-        writer._in_loop = count
+        writer._loop.call_soon = count
         return writer
 
     def commits(self) -> int:
-        return self.statements.count("COMMIT")
+        """How many transactions there were; a statement that is in none is one by itself."""
+        commits, within = 0, False
+        for statement in self.statements:
+            within = not within if statement.startswith(("BEGIN", "COMMIT", "ROLLBACK")) else within
+            commits += not within and statement != "ROLLBACK"
+        return commits
 
     def numbers(self) -> list[int]:
         with closing(sqlite3.connect(self.path)) as connection:
@@ -116,8 +123,8 @@ REMEDY = "when that is mended, recover() goes on from what it holds"
 EVENT: Any = ("started", (0,), "a", 0.0)
 
 
-def encode(events: list[Any]) -> str:
-    return json.dumps(events)
+def encode(records: object) -> str:
+    return json.dumps(records)
 
 
 async def submit(
@@ -146,7 +153,7 @@ async def test_d7_what_comes_while_a_batch_is_written_is_the_next_batch(disk):
             async with busy(writer):
                 for number in range(50):
                     writer.append(1, number, EVENT)
-                    tasks.start_soon(writer.flush, 1)
+                    tasks.start_soon(flush, writer, 1)
                 await wait_all_tasks_blocked()
                 assert disk.numbers() == []
 
@@ -246,16 +253,331 @@ async def test_d7_what_a_batch_has_of_a_run_is_one_record(disk):
         assert disk.records() == 3
 
 
-@pytest.mark.parametrize("runs", [1, 3, 4, 63, 64, 150])
+@pytest.mark.parametrize("runs", [1, 2, 32, 33, 150])
 async def test_d7_however_many_runs_a_batch_has_all_are_written(disk, runs):
-    """Rows are put several by one statement, in blocks; none is left out, and none put twice (D7)."""
+    """Of however many runs something is queued, none is left out, and none written twice (D7)."""
     async with running(disk) as writer:
         async with busy(writer):
             for run in range(runs):
                 writer.append(run, run, EVENT)
-        await writer.flush(0)
+        for run in range(runs):
+            await writer.flush(run)
 
         assert disk.numbers() == list(range(runs))
+
+
+@pytest.mark.parametrize("large", [0, 60, 10_000])
+async def test_d7_what_is_too_large_for_one_text_is_written_as_several(disk, large, monkeypatch):
+    """Records of one batch that are long together are put by several statements, in one commit (D7)."""
+    monkeypatch.setattr("pysagas.durable._writer.LARGE", large)
+    async with running(disk) as writer:
+        async with busy(writer):
+            for run in range(7):
+                writer.append(run, run, EVENT)
+        await writer.flush(0)
+
+        assert disk.numbers() == list(range(7))
+        assert disk.commits() == 2
+        puts = sum(statement.startswith("INSERT") for statement in disk.statements)
+    assert puts == (1 if large > 1000 else 7)
+
+
+# --- halves -------------------------------------------------------------------------------------
+
+MANY = FEW + 1
+HALF = (MANY + 1) // 2
+
+
+@asynccontextmanager
+async def many_wait(disk: Disk, writer: Writer, wait: Any) -> AsyncIterator[list[tuple[int, int]]]:
+    """So many runs wait that they are halved; gives who was woken, and how many records there were."""
+    woken: list[tuple[int, int]] = []
+
+    async def one(run: int) -> None:
+        await wait(writer, run)
+        woken.append((run, disk.records()))
+
+    disk.under_way = MANY
+    async with create_task_group() as tasks:
+        async with busy(writer):
+            for run in range(MANY):
+                writer.append(run, run, EVENT)
+                tasks.start_soon(one, run)
+            await wait_all_tasks_blocked()
+            yield woken
+
+
+async def flush(writer: Writer, run: int) -> None:
+    await writer.flush(run)
+
+
+async def test_d7_of_many_runs_half_is_written_and_goes_on_while_the_rest_is_written(disk):
+    """So the event loop has something to do meanwhile; nobody is woken before its own is on disk (D7)."""
+    async with running(disk) as writer:
+        async with many_wait(disk, writer, flush) as woken:
+            assert woken == []
+
+        assert disk.numbers() == list(range(MANY))
+        assert (disk.commits(), disk.woken) == (3, 3)
+        assert sorted(run for run, _ in woken) == list(range(MANY))
+        assert all(records >= (HALF if run < HALF else MANY) for run, records in woken)
+
+
+@pytest.mark.parametrize(
+    ("queued", "taken", "under_way", "size"),
+    [
+        (FEW, 0, FEW, FEW),
+        (100, 0, 100, 50),
+        (98, 2, 100, 50),
+        (50, 50, 100, 50),
+        (100, 50, 100, 50),  # those of the last batch have come back already
+        (100, 50, 200, 75),
+        (100, 150, 1000, 100),
+        (100, 0, 0, 50),
+    ],
+)
+async def test_d7_half_of_what_is_queued_and_of_what_is_to_come_is_taken(
+    disk, queued, taken, under_way, size
+):
+    """Of the last batch no more is to come than there are runs that are not queued (D7)."""
+    writer = disk.writer()
+    disk.under_way = under_way
+    writer._taken = taken
+    for run in range(queued):
+        writer.append(run, 0, EVENT)
+
+    assert list(writer._take().events) == list(range(size))
+    assert list(writer._next.events) == list(range(size, queued))
+
+
+async def test_d7_functions_come_after_all_events_of_both_halves(disk):
+    """A function that is called after many events finds all of them, though they are two batches (D7)."""
+
+    def count(connection: sqlite3.Connection) -> int:
+        (number,) = connection.execute("SELECT count(*) FROM records").fetchone()
+        return number
+
+    counts = []
+
+    async def call() -> None:
+        counts.append(await writer.call(count, reads=True))
+
+    disk.under_way = MANY
+    async with running(disk) as writer, create_task_group() as tasks:
+        async with busy(writer):
+            for run in range(MANY):
+                writer.append(run, run, EVENT)
+            tasks.start_soon(call)
+            await wait_all_tasks_blocked()
+
+    assert counts == [MANY]
+
+
+async def test_d7_many_calls_are_halved_too_and_each_has_its_own_result(disk):
+    """Runs that begin at once begin as two halves, which then stay apart (D7)."""
+    batches: list[list[int]] = []
+
+    def double(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        assert connection.in_transaction
+        batches.append(rows)
+        return [2 * row for row in rows]
+
+    results: dict[int, int] = {}
+
+    async def call(row: int) -> None:
+        results[row] = await writer.call_together(double, row)
+
+    disk.under_way = MANY
+    async with running(disk) as writer, create_task_group() as tasks:
+        async with busy(writer):
+            for row in range(MANY):
+                tasks.start_soon(call, row)
+            await wait_all_tasks_blocked()
+
+    assert results == {row: 2 * row for row in range(MANY)}
+    assert [len(rows) for rows in batches] == [HALF, MANY - HALF]
+
+
+async def test_d7_a_flush_that_comes_when_half_is_written_waits_for_the_other_half(disk):
+    """Whose events are in the half that is left waits for them, whenever it asks (D7)."""
+    disk.under_way = MANY
+    async with running(disk) as writer:
+        stopped = threading.Event()
+        encode_all = writer._encode
+
+        def stop_at_the_second(records: Any) -> str:
+            if records[0][0] == HALF:
+                assert stopped.wait(ENOUGH)
+            return encode_all(records)
+
+        writer._encode = stop_at_the_second
+        async with busy(writer):
+            for run in range(MANY):
+                writer.append(run, run, EVENT)
+        await writer.flush(0)
+        assert disk.records() == HALF
+        async with create_task_group() as tasks:
+            tasks.start_soon(flush, writer, MANY - 1)
+            await wait_all_tasks_blocked()
+            assert disk.records() == HALF
+            stopped.set()
+        assert disk.records() == MANY
+
+
+async def test_d7_who_waits_for_the_second_half_can_be_cancelled(disk):
+    """A cancellation finds those that were left for another batch, and the events are written (D7)."""
+    disk.under_way = MANY
+    async with running(disk) as writer:
+        stopped, reached = threading.Event(), threading.Event()
+        encode_all = writer._encode
+
+        def stop_at_the_second(records: Any) -> str:
+            if records[0][0] == HALF:
+                reached.set()
+                assert stopped.wait(ENOUGH)
+            return encode_all(records)
+
+        writer._encode = stop_at_the_second
+        cancelled = []
+
+        async def wait(run: int) -> None:
+            try:
+                await writer.flush(run)
+            except anyio.get_cancelled_exc_class():
+                cancelled.append(run)
+                raise
+
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                for run in range(MANY):
+                    writer.append(run, run, EVENT)
+                    tasks.start_soon(wait, run)
+                await wait_all_tasks_blocked()
+            await anyio.to_thread.run_sync(reached.wait)
+            await wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert sorted(cancelled) == list(range(HALF, MANY))
+        stopped.set()
+        await writer.flush(MANY - 1)
+
+        assert disk.numbers() == list(range(MANY))
+
+
+async def test_d8_a_half_that_fails_is_told_to_those_who_wait_for_it(disk):
+    """Where one of two halves cannot be written, those of the other go on (D7, D8)."""
+    with closing(sqlite3.connect(disk.path)) as connection:
+        connection.execute(TABLE)
+        connection.execute("INSERT INTO records VALUES (?, ?, '')", (MANY - 1, MANY - 1))
+        connection.commit()
+    failed = []
+
+    async def wait(writer: Writer, run: int) -> None:
+        try:
+            await writer.flush(run)
+        except JournalError:
+            failed.append(run)
+
+    async with running(disk) as writer:
+        async with many_wait(disk, writer, wait):
+            pass
+
+    assert sorted(failed) == list(range(HALF, MANY))
+
+
+# --- calls together -----------------------------------------------------------------------------
+
+
+async def call_all(writer: Writer, work: Any, rows: list[int]) -> dict[int, Any]:
+    results: dict[int, Any] = {}
+
+    async def call(row: int) -> None:
+        try:
+            results[row] = await writer.call_together(work, row)
+        except (ValueError, JournalError) as error:
+            results[row] = error
+
+    async with create_task_group() as tasks, busy(writer):
+        for row in rows:
+            tasks.start_soon(call, row)
+            await wait_all_tasks_blocked()
+    return results
+
+
+async def test_who_calls_the_same_function_is_served_by_one_call(disk):
+    """All of a batch who call a function have it called once, with the row of each, in their order."""
+    calls: list[list[int]] = []
+
+    def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        calls.append(rows)
+        return [insert(connection, row) for row in rows]
+
+    async with running(disk) as writer:
+        assert await call_all(writer, put, [3, 1, 2]) == {1: 1, 2: 2, 3: 3}
+    assert calls == [[3, 1, 2]]
+
+
+@pytest.mark.parametrize("refused", [ValueError("refused"), sqlite3.IntegrityError("refused")])
+async def test_what_cannot_be_done_for_all_is_done_for_each(disk, refused):
+    """Where the call for all raises, what it has written is undone, and only the one is refused."""
+    if isinstance(refused, sqlite3.Error):
+        refused.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
+
+    def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        numbers = []
+        for row in rows:
+            if row == 2:
+                raise refused
+            numbers.append(insert(connection, row))
+        return numbers
+
+    async with running(disk) as writer:
+        results = await call_all(writer, put, [1, 2, 3])
+        error = results.pop(2)
+        assert results == {1: 1, 3: 3}
+        assert refused in (error, error.__cause__)
+        assert disk.numbers() == [1, 3]
+
+
+async def test_d8_where_the_database_fails_a_call_for_all_is_not_tried_again(disk):
+    """A disk that is full fails the batch; the function is not called once more for each (D8)."""
+    calls = []
+
+    def fail(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        calls.append(rows)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with running(disk) as writer:
+        results = await call_all(writer, fail, [1, 2])
+
+    assert calls == [[1, 2]]
+    assert {str(error) for error in results.values()} == {
+        f"journal here cannot be written: disk I/O error; {REMEDY}"
+    }
+
+
+async def test_a_call_that_is_shielded_ends_though_its_scope_is_cancelled(disk):
+    """It gives its result, and the cancellation comes at the next checkpoint."""
+    results = []
+
+    async def call() -> None:
+        results.append(await writer.call_together(insert_all_of, 5, shield=True))
+        await anyio.lowlevel.checkpoint()
+        results.append(None)
+
+    async with running(disk) as writer:
+        async with create_task_group() as tasks:
+            async with busy(writer):
+                tasks.start_soon(call)
+                await wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await wait_all_tasks_blocked()
+
+    assert results == [5]
+
+
+def insert_all_of(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+    return [insert(connection, row) for row in rows]
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -426,15 +748,29 @@ async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk
         assert disk.numbers() == [7]
 
 
+async def test_d8_what_others_lose_later_says_nothing_of_a_run_that_is_written(disk):
+    """Who asks late whether its events are on disk hears of them, and not of the last batch (D8)."""
+    async with running(disk) as writer:
+        await writer.call(partial(insert, number=5))
+        writer.forget(1)
+        writer.append(2, 0, EVENT)
+        await writer.call(len_of_nothing)
+        writer.append(1, 5, EVENT)  # which is there already
+        with pytest.raises(JournalError, match="UNIQUE"):
+            await writer.flush(1)
+        await writer.flush(2)
+
+
 async def test_d8_events_that_cannot_be_written_down_are_a_gap_in_their_run_alone(disk):
     """A name that is no text stops its own run; what others have in the same batch is written (D8)."""
     bad: Any = ("started", (0,), "\ud800", 0.0)
     writer = disk.writer()
-    writer._encode = lambda events: ",".join(name for _, _, name, _ in events).encode().decode()
+    writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
     await writer.start()
     async with busy(writer):
         writer.append(1, 0, bad)
         writer.append(2, 7, EVENT)
+        writer.append(3, 8, EVENT)
     await writer.flush(2)
     with pytest.raises(
         JournalError, match="journal here cannot be written: 'utf-8' codec can't encode"
@@ -445,7 +781,10 @@ async def test_d8_events_that_cannot_be_written_down_are_a_gap_in_their_run_alon
     await writer.stop()
 
     with closing(sqlite3.connect(disk.path)) as connection:
-        assert connection.execute("SELECT run, seq, events FROM records").fetchall() == [(2, 7, "a")]
+        records = connection.execute("SELECT run, seq, events FROM records").fetchall()
+    assert [(run, seq, json.loads(events)) for run, seq, events in records] == [
+        (run, seq, [["started", [0], "a", 0.0]]) for run, seq in ((2, 7), (3, 8))
+    ]
 
 
 async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):

@@ -95,8 +95,10 @@ class JSONCodec:
             ValueError: It holds a number that JSON does not have.
         """
         data = self._encode(value)
+        if type(value) in self.plain:
+            return data
         # msgspec writes null for them, which reads as if nothing had been there.
-        if value is not None and b"null" in data and _holds_no_number(self._to_builtins(value)):
+        if b"null" in data and _holds_no_number(self._to_builtins(value)):
             raise ValueError("it holds NaN or an infinity, and JSON has neither")
         return data
 

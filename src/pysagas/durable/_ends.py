@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pysagas import Effect, StepInHand, StepState
 
@@ -14,6 +14,10 @@ from ._errors import NotRecordable, SagaChanged
 from ._events import Event, EventKind
 
 __all__ = ["Ended", "Ends", "undo_is_lost"]
+
+# Each step asks for these; in Python 3.11 a member of an enum is slow to find.
+COMPLETED: Final = StepState.COMPLETED
+DONE: Final = EventKind.DONE
 
 Written = tuple[EventKind, bytes]
 
@@ -65,8 +69,8 @@ class Ends:
         Raises:
             NotRecordable: It would not come back as it is.
         """
-        if step.state is StepState.COMPLETED and answer is step.result:
-            return EventKind.DONE, self._encode(effect, step, answer)
+        if step.state is COMPLETED and answer is step.result:
+            return DONE, self._encode(effect, step, answer)
         # A retry or a middleware has answered in its place, in whatever type.
         try:
             data, typed = self._encode(effect, step, answer), True
@@ -88,12 +92,12 @@ class Ends:
         if isinstance(error, Exception):
             return [self.failed(effect, step, error)]
         result = self._encode_result(effect, step)
-        if step.state is StepState.UNKNOWN or (result is None) == (step.state is StepState.COMPLETED):
+        if step.state is StepState.UNKNOWN or (result is None) == (step.state is COMPLETED):
             return []
         # A cancellation is no result; but the action had returned before, or this step is not in
         # doubt, and will not be compensated.
         cut_off = EventKind.CUT_OFF, step.state.value.encode()
-        return [cut_off] if result is None else [(EventKind.DONE, as_bytes(result)), cut_off]
+        return [cut_off] if result is None else [(DONE, as_bytes(result)), cut_off]
 
     def failed(
         self, effect: Effect, step: StepInHand, error: BaseException, *, is_lost: bool = False
@@ -109,7 +113,7 @@ class Ends:
     def without_result(self, event: Event) -> Event:
         """Gives an event in which what was returned is None."""
         nothing = self._codec.encode(None)
-        if event.kind is EventKind.DONE:
+        if event.kind is DONE:
             return event._replace(data=nothing)
         if event.kind is EventKind.ANSWERED:
             answered = json.loads(event.data)
@@ -131,11 +135,11 @@ class Ends:
         result = None if recorded is None else self._decode(recorded, kind, effect)
         value = result if answer is None else self._decode(answer, kind if typed else Any, effect)
         error = None if failure is None else decode_error(failure)
-        return Ended(state, result, value, error, recorded is None and state is StepState.COMPLETED)
+        return Ended(state, result, value, error, recorded is None and state is COMPLETED)
 
     def _encode_result(self, effect: Effect, step: StepInHand) -> str | None:
         """Gives what an action returned; None where it did not, or that cannot be recorded."""
-        if step.state is not StepState.COMPLETED:
+        if step.state is not COMPLETED:
             return None
         try:
             return as_text(self._encode(effect, step, step.result))

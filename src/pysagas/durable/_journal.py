@@ -511,8 +511,8 @@ class Journal(Storage):
                 raise cancelled or replay.abandoned from None
             await self._ended(claim, middleware, outcome_of(error), error)
             if replay.interrupted is not None and _is_interruption(error):
-                if middleware.broken is not None:
-                    raise middleware.broken from error  # the file does not say so yet
+                if middleware.recorder.broken is not None:
+                    raise middleware.recorder.broken from error  # the file does not say so yet
                 raise taken_back(run_id, outcome_of(error)) from None
             raise
         if replay.abandoned is not None:  # and took itself for a failure that was expected
@@ -527,8 +527,7 @@ class Journal(Storage):
     async def _leave_as_it_was(self, claim: Claim, reason: BaseException) -> None:
         """Lets go of a run that is given up: for a recovery, or as the failed one that it was."""
         if claim.ending is not None and isinstance(reason, SagaChanged):
-            with anyio.CancelScope(shield=True):
-                await self._end(claim.key, claim.ending)
+            await self._end(claim.key, claim.ending)
         else:
             await self._release(claim.key)
 
@@ -552,11 +551,10 @@ class Journal(Storage):
                 later = outcome_of(error)
                 raise
             finally:
-                with anyio.CancelScope(shield=True):
-                    if later is None or middleware.broken is not None:
-                        await self._release(key, middleware.interruption())
-                    else:
-                        await self._end(key, Ending(STATES[later.state], b"", None))
+                if later is None or middleware.recorder.broken is not None:
+                    await self._release(key, middleware.interruption())
+                else:
+                    await self._end(key, Ending(STATES[later.state], b"", None))
         if late is not None:
             raise late
         assert later is not None
@@ -593,8 +591,7 @@ class Journal(Storage):
                 later = await self._go(claim, run_id, saga, call, events, (), "rollback")
             except RunInterrupted as error:
                 later = cast("Outcome[T]", error.outcome)
-            with anyio.CancelScope(shield=True):
-                await self._end(claim.key, Ending(STATES[later.state], b"", None))
+            await self._end(claim.key, Ending(STATES[later.state], b"", None))
         if late is not None:
             raise late
         return Outcome(Reported(later), later.state, cast("T", None), None)
@@ -606,25 +603,25 @@ class Journal(Storage):
         outcome: Outcome[Any] | None,
         error: BaseException | None,
     ) -> None:
-        if outcome is None or middleware.broken is not None:
+        if outcome is None or middleware.recorder.broken is not None:
             # What is on disk is less than what happened: recovery in the next process ends it.
             await self._release(claim.key, _interruption(middleware))
             return
         value = middleware.value if error is None else b""
         recorded = None if error is None else encode_error(error)
-        with anyio.CancelScope(shield=True):
+        try:
+            await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
+        except JournalError as failure:
+            middleware.recorder.broken = failure
+            interruption = _interruption(middleware)
             try:
-                await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
-            except JournalError as failure:
-                middleware.broken = failure
-                interruption = _interruption(middleware)
-                try:
-                    if error is None and interruption is not None:
+                if error is None and interruption is not None:
+                    with anyio.CancelScope(shield=True):
                         await outcome.rollback()
-                finally:
-                    await self._release(claim.key, interruption)
-                if error is None or isinstance(error, Exception):
-                    raise
+            finally:
+                await self._release(claim.key, interruption)
+            if error is None or isinstance(error, Exception):
+                raise
 
 
 class _Hold:
@@ -661,8 +658,7 @@ class _Release:
 
     async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
         if error is not None:
-            with anyio.CancelScope(shield=True):
-                await self._journal._release(self._key)
+            await self._journal._release(self._key)
 
 
 def check_run(saga: object, run_id: object, exceptions: Any, call: str = "journal.run") -> str:

@@ -13,7 +13,8 @@ import json
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.lowlevel
@@ -37,7 +38,42 @@ from ._surely import surely
 
 __all__ = ["RunMiddleware"]
 
+# Each step asks for these; in Python 3.11 a member of an enum is slow to find.
+DONE: Final = EventKind.DONE
+STARTED: Final = EventKind.STARTED
+
 ENDED = {EventKind.DONE, EventKind.ANSWERED, EventKind.FAILED}
+
+
+class Recorder:
+    """Records what happens in one run, for as long as that is possible."""
+
+    __slots__ = ("_key", "_storage", "broken")
+
+    def __init__(self, storage: Storage, key: int) -> None:
+        """Makes the one of a run: where its events go, and by which key that knows it."""
+        self._storage = storage
+        self._key = key
+        # Why nothing more is recorded, though the run goes on.
+        self.broken: JournalError | None = None
+
+    def append(self, kind: EventKind, path: Path, name: str, data: bytes = b"") -> None:
+        """Takes an event; it has happened, recorded or not."""
+        if self.broken is None:
+            try:
+                self._storage._append(self._key, kind, path, name, data)
+            except JournalError as error:
+                self.broken = error  # what follows will not
+
+    def flush(self) -> Awaitable[None]:
+        """Gives what waits until all that was taken is on disk.
+
+        Raises:
+            JournalError: Something of it could not be written.
+        """
+        if self.broken is not None:
+            raise self.broken
+        return self._storage._flush(self._key)
 
 
 class RunMiddleware:
@@ -47,16 +83,14 @@ class RunMiddleware:
         "_codec",
         "_cut_short",
         "_ends",
-        "_key",
         "_last_error",
         "_lost",
         "_resume",
         "_saga",
         "_settled",
-        "_storage",
-        "broken",
         "carried_on",
         "committed",
+        "recorder",
         "reopened",
         "replay",
         "value",
@@ -84,8 +118,9 @@ class RunMiddleware:
             recovering: Whether it had begun in another process.
             resume: Whether it goes on after the replay, or is taken back.
         """
-        self._storage = storage
-        self._key = key
+        # What the replay records goes there too; it does not know this, or only the garbage collector would
+        # ever free the two.
+        self.recorder = Recorder(storage, key)
         self._codec = codec
         self._saga = saga
         self._ends = Ends(codec, saga.name)
@@ -98,13 +133,12 @@ class RunMiddleware:
         self._cut_short: set[Path] = set()
         # Where an action returned what could not be recorded, and only an undo takes it back.
         self._lost: set[Path] = set()
+        note_interruption = partial(self.recorder.append, EventKind.INTERRUPTED, (), saga.name)
         self.replay = Replay(
-            saga.name, history, self._note_interruption, recovering=recovering, resume=resume
+            saga.name, history, note_interruption, recovering=recovering, resume=resume
         )
         # What the saga returned, in bytes.
         self.value = b""
-        # Why nothing more is recorded, though the run goes on.
-        self.broken: JournalError | None = None
         # Whether it was taken up again after its end, to be taken back.
         self.reopened = False
         # The last exception of an action, for people.
@@ -133,7 +167,7 @@ class RunMiddleware:
                 if not isinstance(error, Exception):
                     self._cut_short.add(effect.path[:-1])
                 if not await replay.leave(effect):
-                    self._append(EventKind.LEFT, effect.path, effect.name)
+                    self.recorder.append(EventKind.LEFT, effect.path, effect.name)
                 raise
 
     def _handle(self, effect: Effect, call_next: CallNext) -> Awaitable[object]:
@@ -177,15 +211,15 @@ class RunMiddleware:
             await self._end(effect, EventKind.JOINED)
         if not effect.path:
             replay.check_completed()
-            if self.broken is not None:
-                raise self.broken  # what is on disk is not what the caller would be told
+            if self.recorder.broken is not None:
+                raise self.recorder.broken  # what is on disk is not what the caller would be told
             place = f"saga {self._saga.name!r}"
             self.value = encode_result(self._codec, result, value_type(self._saga), lambda: place)
         return result
 
     async def _end(self, effect: Effect, how: EventKind) -> None:
         if not await self.replay.end(effect, how):
-            self._append(how, effect.path, effect.name)
+            self.recorder.append(how, effect.path, effect.name)
 
     @property
     def goes_on(self) -> bool:
@@ -196,9 +230,6 @@ class RunMiddleware:
         """Gives what is to be recorded of a run that was taken back while nothing could be recorded."""
         return Event(EventKind.INTERRUPTED, (), self._saga.name, b"", time.time())
 
-    def _note_interruption(self) -> None:
-        self._append(EventKind.INTERRUPTED, (), self._saga.name)
-
     # --- actions and commits -----------------------------------------------------------------------
 
     async def _replay_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
@@ -206,11 +237,11 @@ class RunMiddleware:
         last = events[-1] if events else None
         if last is not None and last.kind in ENDED:
             return self._recall(effect, step, last)
-        if last is not None and len(events) > 1 and events[-2].kind is EventKind.DONE:
+        if last is not None and len(events) > 1 and events[-2].kind is DONE:
             result = self._recall(effect, step, events[-2])
             await self.replay.go_forward(effect)
             # This time nothing cuts it off, and what comes after it is recorded.
-            self._append(EventKind.DONE, effect.path, effect.name, events[-2].data)
+            self.recorder.append(DONE, effect.path, effect.name, events[-2].data)
             return result
         try:
             await self.replay.go_forward(effect)
@@ -220,7 +251,7 @@ class RunMiddleware:
                 assert said is not None
                 step.recall(said.state, error=error)
             raise
-        if last is not None and last.kind is EventKind.STARTED:
+        if last is not None and last.kind is STARTED:
             # It runs again; and whatever comes of that, it may have had its effect before.
             step.recall(StepState.UNKNOWN, error=self._in_doubt())
         return await self._run_action(effect, call_next, step)
@@ -259,24 +290,30 @@ class RunMiddleware:
         return StepState.COMPLETED
 
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:
+        recorder = self.recorder
         try:
-            self._append(EventKind.STARTED, effect.path, effect.name)
-            await self._flush()
+            recorder.append(STARTED, effect.path, effect.name)
+            try:
+                await (
+                    recorder.flush()
+                )  # and not `_flush`: of all that is awaited, each step awaits this
+            except JournalError as error:
+                self._break(error)
             answer = await call_next()
             kind, data = self._ends.returned(effect, step, answer)
         except BaseException as error:
             self._last_error = f"{type(error).__name__}: {text_of(error)}"
             for kind, data in self._ends.raised(effect, step, error):
-                self._append(kind, effect.path, effect.name, data)
+                recorder.append(kind, effect.path, effect.name, data)
             raise
-        self._append(kind, effect.path, effect.name, data)
+        recorder.append(kind, effect.path, effect.name, data)
         return answer
 
     async def _commit(self, effect: Effect, call_next: CallNext) -> object:
         late: BaseException | None = None
         if not await self.replay.meet(effect):
             await self.replay.go_forward(effect)
-            self._append(EventKind.COMMITTED, effect.path, effect.name)
+            self.recorder.append(EventKind.COMMITTED, effect.path, effect.name)
             # Not cut off, as a commit of which only the journal knows would be a lie. And not asked for
             # again: by then the journal may be closed, or what others wrote later be lost.
             late = await surely(self._flush)
@@ -291,7 +328,7 @@ class RunMiddleware:
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
         if not await self.replay.meet(effect):
             await self.replay.park(effect, forward=False)
-            self._append(
+            self.recorder.append(
                 EventKind.ROLLBACK,
                 effect.path,
                 effect.name,
@@ -314,7 +351,7 @@ class RunMiddleware:
         if effect.path in self._lost:
             raise undo_is_lost(effect)
         try:
-            self._append(EventKind.COMPENSATING, effect.path, effect.name)
+            self.recorder.append(EventKind.COMPENSATING, effect.path, effect.name)
             await self._flush()
         except JournalError:
             if self.replay.abandoned is not None:
@@ -325,30 +362,21 @@ class RunMiddleware:
         except BaseException as error:
             if isinstance(error, Exception):
                 data = json.dumps(encode_error(error)).encode()
-                self._append(EventKind.NOT_COMPENSATED, effect.path, effect.name, data)
+                self.recorder.append(EventKind.NOT_COMPENSATED, effect.path, effect.name, data)
             raise
-        self._append(EventKind.COMPENSATED, effect.path, effect.name)
+        self.recorder.append(EventKind.COMPENSATED, effect.path, effect.name)
         return result
-
-    # --- recording -----------------------------------------------------------------------------------
-
-    def _append(self, kind: EventKind, path: Path, name: str, data: bytes = b"") -> None:
-        if self.broken is None:
-            try:
-                self._storage._append(self._key, kind, path, name, data)
-            except JournalError as error:
-                # It has happened, recorded or not. What follows will not.
-                self.broken = error
 
     async def _flush(self) -> None:
         """Waits until all that was recorded is on disk: before anything happens that it speaks of."""
         try:
-            if self.broken is None:
-                await self._storage._flush(self._key)
+            await self.recorder.flush()
         except JournalError as error:
-            # What was lost leaves a gap, after which nothing can be recorded any more.
-            self.broken = error
-        if self.broken is not None:
-            if self.goes_on:
-                self.replay.abandon(self.broken)
-            raise self.broken
+            self._break(error)
+
+    def _break(self, error: JournalError) -> NoReturn:
+        """Records nothing more: what was lost leaves a gap, after which nothing can be."""
+        self.recorder.broken = error
+        if self.goes_on:
+            self.replay.abandon(error)
+        raise error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -21,10 +21,15 @@ from ._errors import JournalError
 from ._events import Event, EventKind, Path
 
 __all__ = [
+    "BEGIN_RUNS",
+    "END_RUNS",
+    "LARGE",
+    "OLDEST",
     "Events",
     "Record",
     "Written",
     "insert",
+    "insert_all",
     "is_journal",
     "is_of_statement",
     "next_number",
@@ -35,6 +40,9 @@ __all__ = [
 # In the header of the file, so that no other database is taken for a journal.
 APPLICATION_ID = 0x70736A31
 FORMAT = 2
+
+OLDEST = (3, 33, 0)
+"""The first release of SQLite that has all that is asked of it: UPDATE FROM came last."""
 
 # For those who look into the file; what is here reads the records themselves.
 EVENTS = """CREATE VIEW events AS SELECT
@@ -82,11 +90,6 @@ SCHEMA = (
     EVENTS,
 )
 
-INSERT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
-# For each number of rows that one statement puts, the statement. A row for itself costs a quarter more;
-# and each statement lets go of the interpreter lock, which a busy event loop does not soon give back.
-INSERTS = {rows: INSERT + ", (?, ?, ?)" * (rows - 1) for rows in (64, 16, 4, 1)}
-
 Record = tuple[int, int, str]
 """A row: the run, the number of the first event, the events."""
 
@@ -111,8 +114,8 @@ class Events:
             self._encode = Encoder(enc_hook=str).encode
             self._decode = Decoder().decode
 
-    def encode(self, events: list[Written]) -> str:
-        """Gives the text of some events.
+    def encode(self, events: object) -> str:
+        """Gives the text of events, or of records that have them.
 
         Raises:
             ValueError: A name is no text that could be written.
@@ -149,13 +152,83 @@ def _bytes(data: str | dict[str, str] = "") -> bytes:
     return data.encode() if isinstance(data, str) else b64decode(data["base64"])
 
 
-def insert(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
-    """Puts records into the file."""
-    done = 0
-    for rows, statement in INSERTS.items():
-        while len(records) - done >= rows:
-            connection.execute(statement, tuple(chain.from_iterable(records[done : done + rows])))
-            done += rows
+# One statement, which lets go of the interpreter lock once: a busy event loop does not soon give it back.
+# And one text, which costs a tenth of what it takes to hand over each value.
+_PUT_ALL = """INSERT INTO records (run, seq, events)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+    FROM json_each(?)"""
+_PUT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
+
+# In characters. There is an end to what SQLite takes as one text, and it makes copies of it.
+LARGE = 10_000_000
+
+
+def insert_all(connection: sqlite3.Connection, records: str) -> None:
+    """Puts records into the file, by one statement.
+
+    Args:
+        connection: To the file.
+        records: The run of each, the number of its first event and its events, as JSON.
+    """
+    connection.execute(_PUT_ALL, (records,))
+
+
+def insert(connection: sqlite3.Connection, records: Iterable[Record]) -> None:
+    """Puts records into the file, each by itself."""
+    connection.executemany(_PUT, records)
+
+
+# So many rows at most are given to one statement.
+_MOST = 512
+
+
+class Many:
+    """One statement for many rows, of values that are bytes, which JSON cannot hold."""
+
+    def __init__(self, before: str, columns: int, after: str) -> None:
+        """Makes one.
+
+        Args:
+            before: What stands before the table of the rows, whose columns are ``column1`` and so on.
+            columns: How many those are.
+            after: What stands behind it, and leaves out rows of NULL, which fill up.
+        """
+        self._before = before
+        self._columns = columns
+        self._after = after
+        self._texts: dict[int, str] = {}
+
+    def execute(self, connection: sqlite3.Connection, rows: Sequence[Sequence[object]]) -> int:
+        """Carries it out; gives the id of the last row that it has put, where it puts any."""
+        last: int | None = None
+        for start in range(0, len(rows), _MOST):
+            some = rows[start : start + _MOST]
+            # Of few sizes, since SQLite has to understand each text once.
+            size = 1 << (len(some) - 1).bit_length()
+            values = [*chain.from_iterable(some), *(None,) * ((size - len(some)) * self._columns)]
+            last = connection.execute(self._text(size), values).lastrowid
+        return last or 0
+
+    def _text(self, size: int) -> str:
+        if size not in self._texts:
+            row = f"({', '.join('?' * self._columns)})"
+            self._texts[size] = f"{self._before} (VALUES {', '.join([row] * size)}) {self._after}"
+        return self._texts[size]
+
+
+# Each row: its run_id, saga, version, args, state, owner, started.
+BEGIN_RUNS = Many(
+    "INSERT INTO runs (run_id, saga, version, args, state, owner, started) SELECT * FROM",
+    7,
+    "WHERE column1 IS NOT NULL",
+)
+
+# Each row: its id, state, value, error, ended.
+END_RUNS = Many(
+    "UPDATE runs SET state = column2, value = column3, error = column4, ended = column5, owner = NULL FROM",
+    5,
+    "WHERE id = column1",
+)
 
 
 def next_number(connection: sqlite3.Connection, run: int) -> int:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -31,9 +32,20 @@ from ._events import Event, EventKind, RunInfo, RunState
 from ._journal import Journal
 from ._locks import is_locked, make_file, take_lock
 from ._memory import in_words, not_so_any_more, other_run
-from ._records import Events, insert, is_journal, is_of_statement, next_number, prepare, written
+from ._records import (
+    BEGIN_RUNS,
+    END_RUNS,
+    OLDEST,
+    Events,
+    insert,
+    is_journal,
+    is_of_statement,
+    next_number,
+    prepare,
+    written,
+)
 from ._storage import Claim, Ending, RunGone, Stored
-from ._writer import Writer
+from ._writer import Work, Writer
 
 __all__ = ["SQLiteJournal"]
 
@@ -87,6 +99,7 @@ class SQLiteJournal(Journal):
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._writer: Writer | None = None
+        self._last_writer: Writer | None = None
         self._token = ""
         self._owner = 0
         self._lock: sqlite3.Connection | None = None
@@ -101,6 +114,7 @@ class SQLiteJournal(Journal):
         # recorded of it, where it was taken back meanwhile.
         self._owed: list[_Owed] = []
         self._is_opening = False
+        self._end_all: Work[_End, None]
 
     def __repr__(self) -> str:
         return f"<SQLiteJournal {self._path}>"
@@ -123,7 +137,13 @@ class SQLiteJournal(Journal):
                 f"and these still are: {', '.join(sorted(map(repr, self._in_hand)))}; wait for them, or "
                 "open another SQLiteJournal"
             )
-        writer = Writer(self._connect, self._close, self._events_in.encode, f"journal {self._path}")
+        writer = Writer(
+            self._connect,
+            self._close,
+            self._events_in.encode,
+            f"journal {self._path}",
+            under_way=lambda: len(self._in_hand),
+        )
         # One that was opened twice at once would lose its lock, by which its runs are known to be alive.
         self._is_opening = True
         try:
@@ -134,7 +154,8 @@ class SQLiteJournal(Journal):
             raise (cause if isinstance(cause, JournalError) else error) from None
         finally:
             self._is_opening = False
-        self._writer = writer
+        self._writer = self._last_writer = writer
+        self._end_all = partial(_end_all, writer)
         return self
 
     async def __aexit__(
@@ -160,6 +181,11 @@ class SQLiteJournal(Journal):
     def _connect(self) -> sqlite3.Connection:
         """Opens the file, and makes its tables if it is new; on the writer's thread."""
         problem = f"journal {self._path} cannot be opened"
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise JournalError(
+                f"{problem}: it needs SQLite {'.'.join(map(str, OLDEST))} or newer, and this Python has "
+                f"{sqlite3.sqlite_version}"
+            )
         try:
             make_file(self._path)
             connection = sqlite3.connect(
@@ -253,42 +279,18 @@ class SQLiteJournal(Journal):
         *,
         create: bool = False,
     ) -> Claim:
-        def claim(connection: sqlite3.Connection) -> Claim:
-            settled.extend(self._settle(connection, owed, run_id))
-            if create:
-                # First, since most runs are new.
-                new = connection.execute(
-                    "INSERT INTO runs (run_id, saga, version, args, state, owner, started) "
-                    "VALUES (?, ?, ?, ?, 'running', ?, ?) ON CONFLICT DO NOTHING",
-                    (run_id, saga, version, args, self._owner, now),
-                )
-                if new.rowcount:
-                    return Claim(cast("int", new.lastrowid), is_new=True)
-            row = connection.execute(
-                "SELECT id, saga, version, args, state, owner, value, error FROM runs WHERE run_id = ?",
-                (run_id,),
-            ).fetchone()
-            if row is None:
-                raise RunGone(f"run {run_id!r}")
-            key, its_saga, its_version, its_args, state, owner, value, error = row
-            stored = Stored(run_id, its_saga, its_version, its_args, RunState(state))
-            problem = other_run(stored, saga, args)
-            if problem is not None:
-                raise OtherRun(problem)
-            if stored.state is not RunState.RUNNING:
-                ending = Ending(
-                    stored.state, value or b"", None if error is None else json.loads(error)
-                )
-                return Claim(key, ending)
-            if owner not in (None, self._owner) and self._is_alive(connection, owner):
-                raise RunInProgress(f"run {run_id!r} is under way in another process, which lives")
-            connection.execute("UPDATE runs SET owner = ? WHERE id = ?", (self._owner, key))
-            return Claim(key)
-
         writer = self._open()
+        wanted = _Wanted(run_id, saga, version, args, now)
         owed = tuple(self._owed)
         settled: list[_Owed] = []
+
+        def claim(connection: sqlite3.Connection) -> Claim:
+            settled.extend(self._settle(connection, owed, run_id))
+            return self._begin_or_find(connection, wanted) if create else self._find(connection, wanted)
+
         try:
+            if create and not owed:
+                return await writer.call_together(self._begin, wanted)
             claimed = await writer.call(claim)
         except anyio.get_cancelled_exc_class():
             # It may have been taken all the same, for nobody.
@@ -302,6 +304,53 @@ class SQLiteJournal(Journal):
             raise
         self._strike_off(settled)
         return claimed
+
+    def _begin(self, connection: sqlite3.Connection, calls: list[_Wanted]) -> list[Claim]:
+        """Begins runs that all are new; of a single one, finds out whether it is."""
+        if len(calls) == 1:
+            return [self._begin_or_find(connection, calls[0])]
+        owner = self._owner
+        rows = [
+            (run_id, saga, version, args, "running", owner, now)
+            for run_id, saga, version, args, now in calls
+        ]
+        # By AUTOINCREMENT each id is one more than the last.
+        first = BEGIN_RUNS.execute(connection, rows) - len(rows) + 1
+        return [Claim(first + index, is_new=True) for index in range(len(rows))]
+
+    def _begin_or_find(self, connection: sqlite3.Connection, wanted: _Wanted) -> Claim:
+        run_id, saga, version, args, now = wanted
+        new = connection.execute(
+            "INSERT INTO runs (run_id, saga, version, args, state, owner, started) "
+            "VALUES (?, ?, ?, ?, 'running', ?, ?) ON CONFLICT DO NOTHING",
+            (run_id, saga, version, args, self._owner, now),
+        )
+        if new.rowcount:
+            return Claim(cast("int", new.lastrowid), is_new=True)
+        return self._find(connection, wanted)
+
+    def _find(self, connection: sqlite3.Connection, wanted: _Wanted) -> Claim:
+        """Takes a run into hand that is there, or gives how it ended."""
+        run_id, saga, _, args, _ = wanted
+        row = connection.execute(
+            "SELECT id, saga, version, args, state, owner, value, error FROM runs WHERE run_id = ?",
+            (run_id,),
+        ).fetchone()
+        if row is None:
+            raise RunGone(f"run {run_id!r}")
+        key, its_saga, its_version, its_args, state, owner, value, error = row
+        stored = Stored(run_id, its_saga, its_version, its_args, RunState(state))
+        problem = other_run(stored, saga, args)
+        if problem is not None:
+            raise OtherRun(problem)
+        if stored.state is not RunState.RUNNING:
+            return Claim(
+                key, Ending(stored.state, value or b"", None if error is None else json.loads(error))
+            )
+        if owner not in (None, self._owner) and self._is_alive(connection, owner):
+            raise RunInProgress(f"run {run_id!r} is under way in another process, which lives")
+        connection.execute("UPDATE runs SET owner = ? WHERE id = ?", (self._owner, key))
+        return Claim(key)
 
     def _is_alive(self, connection: sqlite3.Connection, owner: int) -> bool:
         """Tells whether an owner's process lives; forgets one that does not."""
@@ -377,21 +426,14 @@ class SQLiteJournal(Journal):
         writer.append(key, number, written(kind, path, name, data, time.time()))
 
     def _flush(self, key: int) -> Awaitable[None]:
-        return (self._writer or self._open()).flush(key)
+        # What was taken just before it was closed is written all the same, and that has to be known.
+        return (self._last_writer or self._open()).flush(key)
 
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
-        writer = self._open()
-
-        def end(connection: sqlite3.Connection) -> None:
-            writer.check(key)
-            connection.execute(
-                "UPDATE runs SET state = ?, value = ?, error = ?, ended = ?, owner = NULL WHERE id = ?",
-                (ending.state.value, ending.value, error, time.time(), key),
-            )
-
+        row = (key, ending.state.value, ending.value, error, time.time())
         self._next.pop(key, None)
-        await writer.call(end)
+        await self._open().call_together(self._end_all, row, shield=True)
 
     async def _reopen(self, key: int, was: RunState) -> None:
         def reopen(connection: sqlite3.Connection) -> int:
@@ -503,6 +545,27 @@ class SQLiteJournal(Journal):
             return pruned
 
         return await self._open().call(prune)
+
+
+_End = tuple[int, str, bytes, str | None, float]
+"""How a run ended: its key, state, value, error, and when."""
+
+
+def _end_all(writer: Writer, connection: sqlite3.Connection, ends: list[_End]) -> list[None]:
+    for key, *_ in ends:
+        writer.check(key)
+    END_RUNS.execute(connection, ends)
+    return [None] * len(ends)
+
+
+class _Wanted(NamedTuple):
+    """A run that is to be taken into hand."""
+
+    run_id: str
+    saga: str
+    version: str | None
+    args: bytes
+    now: float
 
 
 class _Owed(NamedTuple):

@@ -94,6 +94,8 @@ class Storage(ABC):
     async def _release(self, key: int, last: Event | None = None) -> None:
         """Lets a run go that has not ended, so that somebody can recover it.
 
+        No cancellation of a scope cuts that off.
+
         Args:
             key: The run.
             last: Put behind what is on disk of it, whatever else was lost; then it has not ended,
@@ -132,7 +134,7 @@ class Storage(ABC):
 
     @abstractmethod
     async def _end(self, key: int, ending: Ending) -> None:
-        """Records how a run ended, after all that was appended."""
+        """Records how a run ended, after all that was appended; no cancellation of a scope cuts that off."""
 
     @abstractmethod
     async def _reopen(self, key: int, was: RunState) -> None:

@@ -2,110 +2,202 @@
 
 What a batch has of one run is one record.
 
-A commit waits for the disk, whatever is in it. So there is no timer and no size: while one batch is
-being written, the next one gathers. Whoever waits for its rows waits for the batch that they are in,
-and all who do are woken by one call into the event loop.
+A commit waits for the disk, whatever is in it. So there is no timer: while one batch is being written,
+the next one gathers. Whoever waits for its rows waits for the batch that they are in, and all who do are
+woken by one call into the event loop. Where many wait, it is half of them that a batch has: see `_take`.
+
+The thread shares the interpreter with the event loop, and each call of SQLite lets go of it. A loop that
+is busy gives it back when it has nothing more to do, or after 5 ms. So a batch is one call, where that is
+possible; then it is written while the loop goes on, and not after.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import current_token
 
 from ._errors import JournalError
-from ._records import Record, Written, insert, is_of_statement
+from ._records import LARGE, Written, insert_all, is_of_statement
 
 __all__ = ["Writer"]
 
+Row = TypeVar("Row")
 T = TypeVar("T")
 
 Connect = Callable[[], sqlite3.Connection]
 Close = Callable[[sqlite3.Connection], None]
-Encode = Callable[[list[Written]], str]
+Encode = Callable[[object], str]
+Work = Callable[[sqlite3.Connection, list[Row]], Sequence[T]]
+"""Gives a result for each row."""
+
+_Record = tuple[int, int, list[Written]]
+"""A run, the number of its first event, its events."""
+
+FEW = 32
+"""Of so few runs, what is queued is not halved: the event loop is done with them before the disk is."""
 
 
-class _Job(Generic[T]):
-    """A function to be called with the connection, within the batch's transaction."""
+class _Job(Generic[Row, T]):
+    """One of the rows that a function is to be called with, within the batch's transaction."""
 
-    __slots__ = ("error", "reads", "result", "work")
+    __slots__ = ("error", "result", "row")
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T], *, reads: bool) -> None:
-        self.work = work
-        self.reads = reads
+    def __init__(self, row: Row) -> None:
+        self.row = row
         self.result: T | None = None
         self.error: BaseException | None = None
 
 
-class _Futures:
-    """An event of asyncio, for one use: what waits is a future, and nothing is around it.
+class _OnAsyncio:
+    """How a task waits for a batch on asyncio: for a future, with nothing around it.
 
     Each step of each run waits once; with `anyio.Event` that was a tenth of what a step costs.
     """
 
-    __slots__ = ("_loop", "_waiting")
+    __slots__ = ("_here", "_loop", "call_soon")
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
-        self._waiting: list[Any] = []
+        self._here: Callable[[], object] = import_module("asyncio").get_running_loop
+        self.call_soon: Callable[..., object] = loop.call_soon_threadsafe
 
-    def wait(self) -> Any:
+    def is_here(self) -> bool:
+        return self._here() is self._loop
+
+    def wait(self, batch: _Batch, what: int | _Job[Any, Any]) -> Awaitable[None]:
         future = self._loop.create_future()
-        self._waiting.append(future)
-        return future
+        batch.waiting[future] = what
+        return cast("Awaitable[None]", future)
 
-    def set(self) -> None:
-        for future in self._waiting:
-            if not future.done():  # its task was cancelled
-                future.set_result(None)
+    async def wait_shielded(self, batch: _Batch, what: int | _Job[Any, Any]) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.wait(batch, what)
+
+    def wake(self, future: Any, error: BaseException | None) -> None:
+        if future.done():
+            pass  # its task was cancelled
+        elif error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+
+class _OnTrio:
+    """The same on Trio: what waits is the task. One that refuses to be cancelled needs no scope."""
+
+    __slots__ = ("_lowlevel", "_token", "call_soon")
+
+    def __init__(self, token: Any) -> None:
+        self._token = token
+        self._lowlevel = import_module("trio.lowlevel")
+        self.call_soon: Callable[..., object] = token.run_sync_soon
+
+    def is_here(self) -> bool:
+        return self._lowlevel.current_trio_token() is self._token
+
+    def wait(self, batch: _Batch, what: int | _Job[Any, Any]) -> Awaitable[None]:
+        lowlevel = self._lowlevel
+        task = lowlevel.current_task()
+        batch.waiting[task] = what
+
+        def cancelled(_: object) -> Any:
+            waits_for: _Batch | None = batch
+            while waits_for is not None and waits_for.waiting.pop(task, None) is None:
+                waits_for = waits_for.rest
+            return lowlevel.Abort.SUCCEEDED
+
+        return cast("Awaitable[None]", lowlevel.wait_task_rescheduled(cancelled))
+
+    def wait_shielded(self, batch: _Batch, what: int | _Job[Any, Any]) -> Awaitable[None]:
+        lowlevel = self._lowlevel
+        batch.waiting[lowlevel.current_task()] = what
+
+        def cancelled(_: object) -> Any:
+            return lowlevel.Abort.FAILED
+
+        return cast("Awaitable[None]", lowlevel.wait_task_rescheduled(cancelled))
+
+    def wake(self, task: Any, error: BaseException | None) -> None:
+        if error is None:
+            self._lowlevel.reschedule(task)
+        else:
+            self._lowlevel.reschedule(task, import_module("outcome").Error(error))
 
 
 class _Batch:
     """What is written by one commit."""
 
-    __slots__ = ("done", "error", "events", "jobs", "waiting")
+    __slots__ = ("done", "error", "events", "jobs", "left", "reads", "rest", "waiting")
 
     def __init__(self) -> None:
         # For each run the number of its first event here, and its events.
         self.events: dict[int, tuple[int, list[Written]]] = {}
-        self.jobs: list[_Job[Any]] = []
+        # For each function the rows that it is to be called with; and whether all of them only read.
+        self.jobs: dict[Work[Any, Any], list[_Job[Any, Any]]] = {}
+        self.reads = True
+        # The batch to which something of this one was left, for the next commit: the events of these runs,
+        # these jobs.
+        self.rest: _Batch | None = None
+        self.left: set[int | _Job[Any, Any]] = set()
         # Why it was not written.
         self.error: BaseException | None = None
-        # These two are of the event loop: made on the thread, an event could not be waited for.
+        # These two are of the event loop. Each that waits does so for the events of a run, or for a job.
         self.done = False
-        self.waiting: anyio.Event | _Futures | None = None
+        self.waiting: dict[Any, int | _Job[Any, Any]] = {}
 
-    def finish(self) -> None:
-        """Wakes all who wait; called in the event loop."""
-        self.done = True
-        if self.waiting is not None:
-            self.waiting.set()
+    def size(self) -> int:
+        """Gives of how many runs there is something here that can be written without the others'."""
+        if self.events or len(self.jobs) != 1:
+            return len(self.events)
+        (jobs,) = self.jobs.values()
+        return len(jobs)
+
+    def leave(self, size: int, rest: _Batch) -> None:
+        """Leaves all but so much for another batch; jobs come after all events."""
+        self.rest = rest
+        if not self.events:
+            ((work, jobs),) = self.jobs.items()
+            self.jobs, rest.jobs = {work: jobs[:size]}, {work: jobs[size:]}
+        else:
+            rest.events = {run: self.events.pop(run) for run in list(self.events)[size:]}
+            self.jobs, rest.jobs = {}, self.jobs
+        self.left.update(rest.events, *rest.jobs.values())
+        rest.reads = self.reads
+        self.reads = self.reads or not self.jobs
 
 
 class Writer:
     """Writes events and calls functions on a thread of its own; used by one event loop."""
 
-    def __init__(self, connect: Connect, close: Close, encode: Encode, place: str) -> None:
+    def __init__(
+        self, connect: Connect, close: Close, encode: Encode, place: str, under_way: Callable[[], int]
+    ) -> None:
         """Makes one that is not running yet.
 
         Args:
             connect: Opens the database; called on the thread.
             close: Closes it; called on the thread.
-            encode: Gives the text of the events of a record; called on the thread.
+            encode: Gives the text of a list of records; called on the thread.
             place: How messages name the journal.
+            under_way: Gives how many runs are under way; called on the thread.
         """
+        self._under_way = under_way
         self._connect = connect
         self._close = close
         self._encode = encode
         self._place = place
         self._next = _Batch()
-        self._last = _Batch()
-        self._last.done = True  # nothing was taken yet
+        # For each run the batch that has its last event, and none of anybody else's: one that fails later says
+        # nothing of this run.
+        self._batch_of: dict[int, _Batch] = {}
+        # The size of the batch that was taken last.
+        self._taken = 0
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
         # Whether the thread waits for work: it is told once, and not of each event.
@@ -116,14 +208,7 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="pysagas journal", daemon=True)
         loop: Any = current_token().native_token
         on_asyncio = hasattr(loop, "call_soon_threadsafe")
-        self._loop: object = loop
-        self._event: Callable[[], anyio.Event | _Futures] = (
-            partial(_Futures, loop) if on_asyncio else anyio.Event
-        )
-        # asyncio and Trio each have one function that a foreign thread may call.
-        self._in_loop: Callable[..., object] = (
-            loop.call_soon_threadsafe if on_asyncio else loop.run_sync_soon
-        )
+        self._loop: _OnAsyncio | _OnTrio = _OnAsyncio(loop) if on_asyncio else _OnTrio(loop)
 
     async def start(self) -> None:
         """Starts the thread, which opens the database.
@@ -157,7 +242,7 @@ class Writer:
         if run in self._lost:
             self.check(run)
         with self._lock:
-            batch = self._last = self._next
+            batch = self._batch_of[run] = self._next
             if run in batch.events:
                 batch.events[run][1].append(event)
             else:
@@ -165,27 +250,28 @@ class Writer:
             if self._waits:
                 self._tell()
 
-    async def flush(self, run: int) -> None:
-        """Waits until every event that was taken is on disk.
+    def flush(self, run: int) -> Awaitable[None]:
+        """Gives what waits until every event that was taken of a run is on disk.
 
-        Cancellation leaves them to be written all the same.
+        It is to be awaited at once, by the task that has asked. Cancellation leaves the events to be
+        written all the same.
 
         Args:
             run: Whose events are waited for.
 
         Raises:
-            JournalError: The last of them, or an earlier one of the run, could not be written.
+            JournalError: One of them could not be written, or an earlier one of the run.
         """
-        batch = self._last
-        if not batch.done:
-            await self._written(batch)
-        if batch.error is not None:
-            raise self._failure(batch.error)
-        if run in self._lost:
-            self.check(run)
+        batch = self._batch_of.get(run)
+        while batch is not None and batch.done and run in batch.left:
+            batch = batch.rest
+        if batch is not None and not batch.done:
+            return self._loop.wait(batch, run)
+        self.check(run)
+        return _DONE
 
     def check(self, run: int) -> None:
-        """Makes sure that no event of a run was lost, of those that have been waited for.
+        """Makes sure that no event of a run was lost, as far as is known.
 
         Raises:
             JournalError: One was.
@@ -194,8 +280,9 @@ class Writer:
             raise self._failure(self._lost[run])
 
     def forget(self, run: int) -> None:
-        """Takes up a run as it is on disk, whatever was lost of it."""
+        """Takes up a run as it is on disk, whatever was lost of it; or lets go of it."""
         self._lost.pop(run, None)
+        self._batch_of.pop(run, None)
 
     async def call(self, work: Callable[[sqlite3.Connection], T], *, reads: bool = False) -> T:
         """Calls a function with the connection, after all events that were taken; gives its result.
@@ -211,32 +298,49 @@ class Writer:
             JournalError: SQLite refused what it asked; the batch could not be written; or this is
                 another event loop than that of the writer.
         """
-        if current_token().native_token is not self._loop:
+        return await self.call_together(lambda connection, _: [work(connection)], None, reads=reads)
+
+    async def call_together(
+        self, work: Work[Row, T], row: Row, *, reads: bool = False, shield: bool = False
+    ) -> T:
+        """Calls a function once for all of a batch who call it; gives the result for this row.
+
+        Where that raises, what it has written is undone, and it is called for each of them alone.
+
+        Args:
+            work: The function. For one row, what it raises undoes nothing, as for `call`.
+            row: What it is to be called with.
+            reads: Whether it only reads.
+            shield: Whether this waits until it is done, though somebody cancels it.
+
+        Raises:
+            BaseException: As for `call`.
+        """
+        if not self._is_here():
             # Nobody would be woken here. All that is done with a run begins with such a call.
             raise JournalError(
                 f"{self._place} was opened in another event loop than this one; open it, with "
                 "`async with`, in the event loop that uses it"
             )
-        job = _Job(work, reads=reads)
+        job: _Job[Row, T] = _Job(row)
         with self._lock:
             self._check_open()
-            batch = self._last = self._next
-            batch.jobs.append(job)
+            batch = self._next
+            batch.jobs.setdefault(work, []).append(job)
+            batch.reads = batch.reads and reads
             self._tell()
-        await self._written(batch)
-        if batch.error is not None:
-            raise self._failure(batch.error)
+        await (self._loop.wait_shielded(batch, job) if shield else self._loop.wait(batch, job))
         if isinstance(job.error, sqlite3.Error):
             raise JournalError(f"{self._place} cannot do that: {job.error}") from job.error
         if job.error is not None:
             raise job.error
         return cast("T", job.result)
 
-    def _written(self, batch: _Batch) -> Awaitable[None]:
-        """Gives what waits until a batch is written, or is known not to be."""
-        if batch.waiting is None:
-            batch.waiting = self._event()
-        return batch.waiting.wait()
+    def _is_here(self) -> bool:
+        try:
+            return self._loop.is_here()
+        except RuntimeError:
+            return False  # this is not even an event loop of that kind
 
     def _tell(self) -> None:
         """Tells the thread that there is work; called with the lock held."""
@@ -256,6 +360,24 @@ class Writer:
         error.__cause__ = cause
         return error
 
+    def _error_of(self, batch: _Batch, what: int | _Job[Any, Any]) -> JournalError | None:
+        """Gives why what was waited for is not on disk."""
+        cause = self._lost.get(what) if isinstance(what, int) else batch.error
+        return None if cause is None else self._failure(cause)
+
+    def _finish(self, batch: _Batch) -> None:
+        """Wakes all who wait for a batch; but for what was left to another one they go on waiting."""
+        batch.done = True
+        left, wake = batch.left, self._loop.wake
+        well = batch.error is None and not self._lost
+        for waiter, what in batch.waiting.items():
+            if left and what in left:
+                assert batch.rest is not None
+                batch.rest.waiting[waiter] = what
+            else:
+                wake(waiter, None if well else self._error_of(batch, what))
+        batch.waiting.clear()
+
     # --- on the thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -270,13 +392,13 @@ class Writer:
                 while not (self._next.events or self._next.jobs or self._closing):
                     self._waits = True
                     self._wanted.wait()
-                batch, self._next = self._next, _Batch()
+                batch = self._take()
             if not (batch.events or batch.jobs):
                 break
             if connection is None:
                 batch.error = failed
             else:
-                _write(connection, batch, self._records(batch))
+                _write(connection, batch, self._texts(self._records(batch)))
                 if batch.error is not None:
                     for run in batch.events:
                         self._lost.setdefault(run, batch.error)
@@ -284,44 +406,82 @@ class Writer:
         if connection is not None:
             self._close(connection)
 
-    def _records(self, batch: _Batch) -> list[Record]:
+    def _take(self) -> _Batch:
+        """Gives what is to be written now; called with the lock held.
+
+        If all that is queued were written at once, all who wait would go on at once, and what they do next
+        would be queued at once: the event loop and the disk would wait for each other in turn. So where
+        more is queued than will come of what the event loop has been given back, half of both is taken.
+        Then it has the one half to go on with while the other is written.
+        """
+        batch, self._next = self._next, _Batch()
+        queued = batch.size()
+        to_come = min(self._taken, max(self._under_way() - queued, 0))
+        half = (queued + to_come + 1) // 2
+        if queued > max(half, FEW):
+            batch.leave(half, self._next)
+        self._taken = batch.size()
+        return batch
+
+    def _records(self, batch: _Batch) -> list[_Record]:
         """Gives what is to be written, without what comes after a gap."""
-        records: list[Record] = []
-        for run, (number, events) in batch.events.items():
-            if run not in self._lost:
-                try:
-                    records.append((run, number, self._encode(events)))
-                except Exception as error:
-                    self._lost[run] = error  # by a name that is no text; the others can be written
-        return records
+        events, lost = batch.events, self._lost
+        return [(run, number, its) for run, (number, its) in events.items() if run not in lost]
+
+    def _texts(self, records: list[_Record]) -> list[str]:
+        """Gives records as text: most often one, with all of them.
+
+        One of which a name is no text is left out, and lost.
+        """
+        if not records:
+            return []
+        try:
+            text = self._encode(records)
+        except Exception as error:
+            if len(records) == 1:
+                self._lost[records[0][0]] = error
+                return []
+        else:
+            if len(text) <= LARGE or len(records) == 1:
+                return [text]
+        half = len(records) // 2
+        return [*self._texts(records[:half]), *self._texts(records[half:])]
 
     def _wake(self, batch: _Batch) -> None:
         try:
-            self._in_loop(batch.finish)
+            self._loop.call_soon(self._finish, batch)
         except RuntimeError:
             pass  # the event loop has ended: nobody waits any more
+
+
+class _Done(Awaitable[None]):
+    """What is waited for is there."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None]:
+        yield from ()
+
+
+_DONE = _Done()
 
 
 def _nothing(_: sqlite3.Connection) -> None:
     """Fails where there is no connection."""
 
 
-def _write(connection: sqlite3.Connection, batch: _Batch, records: list[Record]) -> None:
+def _write(connection: sqlite3.Connection, batch: _Batch, texts: list[str]) -> None:
     """Writes a batch whole, or not at all."""
     try:
-        reads = not records and all(job.reads for job in batch.jobs)
-        connection.execute("BEGIN" if reads else "BEGIN IMMEDIATE")
+        if len(texts) == 1 and not batch.jobs:
+            insert_all(connection, texts[0])  # one statement is a transaction by itself
+            return
+        connection.execute("BEGIN" if batch.reads and not texts else "BEGIN IMMEDIATE")
         try:
-            insert(connection, records)
-            for job in batch.jobs:
-                try:
-                    job.result = job.work(connection)
-                except sqlite3.Error as error:
-                    if not is_of_statement(error) or not connection.in_transaction:
-                        raise
-                    job.error = error
-                except BaseException as error:
-                    job.error = error
+            for text in texts:
+                insert_all(connection, text)
+            for work, jobs in batch.jobs.items():
+                _do(connection, work, jobs)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -329,3 +489,28 @@ def _write(connection: sqlite3.Connection, batch: _Batch, records: list[Record])
             raise
     except BaseException as error:
         batch.error = error
+
+
+def _do(connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[Any, Any]]) -> None:
+    """Calls a function for several at once; if it cannot be done for one of them, for each by itself."""
+    several = len(jobs) > 1
+    try:
+        if several:
+            connection.execute("SAVEPOINT several")
+        results = work(connection, [job.row for job in jobs])
+    except BaseException as error:
+        if isinstance(error, sqlite3.Error) and not (
+            is_of_statement(error) and connection.in_transaction
+        ):
+            raise
+        if several:
+            connection.execute("ROLLBACK TO several")
+            for job in jobs:
+                _do(connection, work, [job])
+        else:
+            jobs[0].error = error
+    else:
+        for job, result in zip(jobs, results, strict=True):
+            job.result = result
+    if several:
+        connection.execute("RELEASE several")
