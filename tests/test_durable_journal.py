@@ -584,6 +584,23 @@ async def test_d1_a_call_that_cannot_work_is_not_recorded(call, error, message, 
     assert 2 == (await journal.run(number_saga(shop), 1, run_id="r")).value
 
 
+async def test_text_that_no_file_can_hold_is_refused(journal, shop):
+    """Lone surrogates, as in the name of a file that is no UTF-8, are refused with what has them (D1)."""
+    saga, bad = number_saga(shop), "cut \udcff"
+    message = "run_id is no text that can be stored: .*surrogates not allowed"
+    with pytest.raises(ValueError, match=f"journal.run of saga 's': {message}"):
+        await journal.run(saga, 1, run_id=bad)
+    with pytest.raises(ValueError, match="the name of the saga is no text that can be stored"):
+        await journal.run(Saga([shop.step("a")], name=bad), run_id="r")
+    with pytest.raises(ValueError, match=f"journal.retry of saga 's': {message}"):
+        await journal.retry(saga, bad)
+    for ask in (journal.info, journal.history):
+        with pytest.raises(ValueError, match=f"journal.{ask.__name__}: {message}"):
+            await ask(bad)
+    assert [] == await journal.runs()
+    await journal.run(saga, 1, run_id="Bestellung über 3 €")
+
+
 async def test_what_is_no_saga_is_refused(journal):
     """A function that is no saga is refused by name."""
     with pytest.raises(TypeError, match="it takes a saga, not <function"):
