@@ -1242,6 +1242,41 @@ async def test_d8_a_journal_that_is_closed_while_a_commit_is_written(path):
     assert (info.state, shop.log) == (RunState.COMPLETED, ["a", "c"])
 
 
+async def test_d8_what_is_queued_behind_a_gap_is_not_written_when_its_run_is_let_go(path):
+    """A run that lost an event and is let go leaves no later one on disk, or it would look like another saga (D8)."""
+    async with SQLiteJournal(path, busy_timeout=0) as journal:
+        claim = await journal._claim("r", "s", None, b"[[],{}]", 0.0, create=True)
+        writer = journal._writer
+        assert writer is not None
+        begun, go_on, failed, take_more = (threading.Event() for _ in range(4))
+        encode, call_soon = writer._encode, writer._loop.call_soon
+
+        def held(records: Any) -> str:
+            begun.set()
+            assert go_on.wait(ENOUGH)
+            return encode(records)
+
+        def held_after(*call: Any) -> None:
+            failed.set()
+            assert take_more.wait(ENOUGH)
+            call_soon(*call)
+
+        with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            writer._encode, writer._loop.call_soon = held, held_after
+            journal._append(claim.key, EventKind.STARTED, (0,), "a")
+            assert await anyio.to_thread.run_sync(begun.wait, ENOUGH)
+            journal._append(claim.key, EventKind.STARTED, (1,), "b")
+            go_on.set()
+            assert await anyio.to_thread.run_sync(failed.wait, ENOUGH)
+            somebody.execute("ROLLBACK")
+            async with create_task_group() as tasks:
+                tasks.start_soon(journal._release, claim.key)
+                await wait_all_tasks_blocked()
+                take_more.set()
+    assert kinds(path) == []
+
+
 async def test_d8_a_commit_that_was_taken_just_before_the_journal_was_closed_is_passed(path):
     """It is written all the same: nothing of what was before it is taken back, and recovery goes on (D8)."""
     shop = Shop()

@@ -371,8 +371,9 @@ class SQLiteJournal(Journal):
         # Or a recovery that resumes would carry on what has been taken back.
         self._owed.append(this)
         with suppress(JournalError), anyio.CancelScope(shield=True):
-            self._open().forget(key)
-            await self._open().call(release)
+            writer = self._open()
+            await writer.call(release)
+            writer.forget(key)  # not before: what is queued of it still comes after a gap
             self._strike_off(settled)
 
     def _settle(
