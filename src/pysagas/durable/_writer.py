@@ -133,7 +133,7 @@ class _OnTrio:
 class _Batch:
     """What is written by one commit."""
 
-    __slots__ = ("done", "error", "events", "jobs", "left", "reads", "rest", "waiting")
+    __slots__ = ("error", "events", "jobs", "left", "reads", "rest", "waiting")
 
     def __init__(self) -> None:
         # For each run the number of its first event here, and its events.
@@ -147,8 +147,7 @@ class _Batch:
         self.left: set[int | _Job[Any, Any]] = set()
         # Why it was not written.
         self.error: BaseException | None = None
-        # These two are of the event loop. Each that waits does so for the events of a run, or for a job.
-        self.done = False
+        # Of the event loop: who waits, for the events of a run, or for a job.
         self.waiting: dict[Any, int | _Job[Any, Any]] = {}
 
     def size(self) -> int:
@@ -193,8 +192,8 @@ class Writer:
         self._encode = encode
         self._place = place
         self._next = _Batch()
-        # For each run the batch that has its last event, and none of anybody else's: one that fails later says
-        # nothing of this run.
+        # For each run of which an event is not on disk yet, the batch that has the last one. (What comes in a
+        # later one, of others, says nothing of this run.)
         self._batch_of: dict[int, _Batch] = {}
         # The size of the batch that was taken last.
         self._taken = 0
@@ -263,9 +262,7 @@ class Writer:
             JournalError: One of them could not be written, or an earlier one of the run.
         """
         batch = self._batch_of.get(run)
-        while batch is not None and batch.done and run in batch.left:
-            batch = batch.rest
-        if batch is not None and not batch.done:
+        if batch is not None:
             return self._loop.wait(batch, run)
         self.check(run)
         return _DONE
@@ -280,9 +277,8 @@ class Writer:
             raise self._failure(self._lost[run])
 
     def forget(self, run: int) -> None:
-        """Takes up a run as it is on disk, whatever was lost of it; or lets go of it."""
+        """Takes up a run as it is on disk, whatever was lost of it: when all of its events were taken."""
         self._lost.pop(run, None)
-        self._batch_of.pop(run, None)
 
     async def call(self, work: Callable[[sqlite3.Connection], T], *, reads: bool = False) -> T:
         """Calls a function with the connection, after all events that were taken; gives its result.
@@ -367,8 +363,10 @@ class Writer:
 
     def _finish(self, batch: _Batch) -> None:
         """Wakes all who wait for a batch; but for what was left to another one they go on waiting."""
-        batch.done = True
-        left, wake = batch.left, self._loop.wake
+        batch_of, left, wake = self._batch_of, batch.left, self._loop.wake
+        for run in batch.events:
+            if batch_of[run] is batch:
+                del batch_of[run]
         well = batch.error is None and not self._lost
         for waiter, what in batch.waiting.items():
             if left and what in left:
@@ -377,6 +375,10 @@ class Writer:
             else:
                 wake(waiter, None if well else self._error_of(batch, what))
         batch.waiting.clear()
+        for what in left:
+            if isinstance(what, int) and batch_of[what] is batch:
+                assert batch.rest is not None
+                batch_of[what] = batch.rest
 
     # --- on the thread --------------------------------------------------------------------------
 
