@@ -1317,7 +1317,7 @@ async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(pa
     encode = writer._encode
 
     def slow(records: Any) -> str:
-        if any(kind == "committed" for _, _, events in records for kind, *_ in events):
+        if any(kind == "committed" for events in records.values() for kind, *_ in events):
             at_work.set()
             assert go.wait(ENOUGH)
         return encode(records)

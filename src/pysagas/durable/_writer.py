@@ -182,7 +182,7 @@ class Writer:
         Args:
             connect: Opens the database; called on the thread.
             close: Closes it; called on the thread.
-            encode: Gives the text of a list of records; called on the thread.
+            encode: Gives the text of records, for `insert_all`; called on the thread.
             place: How messages name the journal.
             under_way: Gives how many runs are under way; called on the thread.
         """
@@ -438,7 +438,7 @@ class Writer:
         if not records:
             return []
         try:
-            text = self._encode(records)
+            text = self._encode({f"{run}/{number}": events for run, number, events in records})
         except Exception as error:
             if len(records) == 1:
                 self._lost[records[0][0]] = error
