@@ -17,6 +17,7 @@ import pytest
 from anyio import create_task_group, fail_after, wait_all_tasks_blocked
 
 from pysagas.durable import JournalError
+from pysagas.durable._records import Many
 from pysagas.durable._writer import FEW, Writer
 
 pytestmark = pytest.mark.anyio
@@ -378,7 +379,6 @@ async def test_d7_many_calls_are_halved_too_and_each_has_its_own_result(disk):
     batches: list[list[int]] = []
 
     def double(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
-        assert connection.in_transaction
         batches.append(rows)
         return [2 * row for row in rows]
 
@@ -516,26 +516,39 @@ async def test_who_calls_the_same_function_is_served_by_one_call(disk):
     assert calls == [[3, 1, 2]]
 
 
-@pytest.mark.parametrize("refused", [ValueError("refused"), sqlite3.IntegrityError("refused")])
-async def test_what_cannot_be_done_for_all_is_done_for_each(disk, refused):
-    """Where the call for all raises, what it has written is undone, and only the one is refused."""
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", [ValueError, sqlite3.IntegrityError])
+async def test_what_cannot_be_done_for_all_is_done_for_each(disk, kind, beside):
+    """Where the call for all raises, each has its own, and only the one is refused."""
+    refused = kind("refused")
     if isinstance(refused, sqlite3.Error):
         refused.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
 
     def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
-        numbers = []
-        for row in rows:
-            if row == 2:
-                raise refused
-            numbers.append(insert(connection, row))
-        return numbers
+        if 2 in rows:
+            raise refused
+        return [insert(connection, row) for row in rows]
 
     async with running(disk) as writer:
+        if beside:
+            writer.append(7, 7, EVENT)
         results = await call_all(writer, put, [1, 2, 3])
         error = results.pop(2)
         assert results == {1: 1, 3: 3}
         assert refused in (error, error.__cause__)
-        assert disk.numbers() == [1, 3]
+        assert disk.numbers() == ([7] if beside else []) + [1, 3]
+
+
+async def test_more_rows_than_one_statement_takes_are_refused_before_any_is_put():
+    """Then each is put by itself; there are as many sizes of a statement as powers of two."""
+    run_ids = [f"r{number}" for number in range(3)]
+    many = Many("INSERT INTO runs (run_id) SELECT * FROM", 1, "WHERE column1 IS NOT NULL")
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id)")
+        assert many.execute(connection, [(run_id,) for run_id in run_ids]) == 3
+        with pytest.raises(ValueError, match="5000 rows are too many for one statement"):
+            many.execute(connection, [("x",)] * 5000)
+        assert connection.execute("SELECT run_id FROM runs").fetchall() == [(x,) for x in run_ids]
 
 
 async def test_d8_where_the_database_fails_a_call_for_all_is_not_tried_again(disk):

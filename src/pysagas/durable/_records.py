@@ -178,8 +178,8 @@ def insert(connection: sqlite3.Connection, records: Iterable[Record]) -> None:
     connection.executemany(_PUT, records)
 
 
-# So many rows at most are given to one statement.
-_MOST = 512
+# So many rows at most are given to one statement; there is an end to the values that SQLite takes.
+_MOST = 2048
 
 
 class Many:
@@ -198,16 +198,18 @@ class Many:
         self._after = after
         self._texts: dict[int, str] = {}
 
-    def execute(self, connection: sqlite3.Connection, rows: Sequence[Sequence[object]]) -> int:
-        """Carries it out; gives the id of the last row that it has put, where it puts any."""
-        last: int | None = None
-        for start in range(0, len(rows), _MOST):
-            some = rows[start : start + _MOST]
-            # Of few sizes, since SQLite has to understand each text once.
-            size = 1 << (len(some) - 1).bit_length()
-            values = [*chain.from_iterable(some), *(None,) * ((size - len(some)) * self._columns)]
-            last = connection.execute(self._text(size), values).lastrowid
-        return last or 0
+    def execute(self, connection: sqlite3.Connection, rows: Sequence[Sequence[object]]) -> int | None:
+        """Carries it out; gives the id of the last row that it has put, where it puts any.
+
+        Raises:
+            ValueError: There are too many rows.
+        """
+        if len(rows) > _MOST:
+            raise ValueError(f"{len(rows)} rows are too many for one statement")
+        # Of few sizes, since SQLite has to understand each text once.
+        size = 1 << (len(rows) - 1).bit_length()
+        values = [*chain.from_iterable(rows), *(None,) * ((size - len(rows)) * self._columns)]
+        return connection.execute(self._text(size), values).lastrowid
 
     def _text(self, size: int) -> str:
         if size not in self._texts:

@@ -315,7 +315,7 @@ class SQLiteJournal(Journal):
             for run_id, saga, version, args, now in calls
         ]
         # By AUTOINCREMENT each id is one more than the last.
-        first = BEGIN_RUNS.execute(connection, rows) - len(rows) + 1
+        first = cast("int", BEGIN_RUNS.execute(connection, rows)) - len(rows) + 1
         return [Claim(first + index, is_new=True) for index in range(len(rows))]
 
     def _begin_or_find(self, connection: sqlite3.Connection, wanted: _Wanted) -> Claim:

@@ -301,10 +301,11 @@ class Writer:
     ) -> T:
         """Calls a function once for all of a batch who call it; gives the result for this row.
 
-        Where that raises, what it has written is undone, and it is called for each of them alone.
+        Where that raises, it is called for each of them alone.
 
         Args:
-            work: The function. For one row, what it raises undoes nothing, as for `call`.
+            work: The function. For several rows it is one statement at most, which is carried out whole or
+                not at all; for one, it is as for `call`.
             row: What it is to be called with.
             reads: Whether it only reads.
             shield: Whether this waits until it is done, though somebody cancels it.
@@ -475,9 +476,14 @@ def _nothing(_: sqlite3.Connection) -> None:
 def _write(connection: sqlite3.Connection, batch: _Batch, texts: list[str]) -> None:
     """Writes a batch whole, or not at all."""
     try:
+        # One statement is a transaction by itself.
         if len(texts) == 1 and not batch.jobs:
-            insert_all(connection, texts[0])  # one statement is a transaction by itself
+            insert_all(connection, texts[0])
             return
+        if not texts and len(batch.jobs) == 1:
+            ((work, jobs),) = batch.jobs.items()
+            if len(jobs) > 1 and _do_at_once(connection, work, jobs):
+                return
         connection.execute("BEGIN" if batch.reads and not texts else "BEGIN IMMEDIATE")
         try:
             for text in texts:
@@ -494,25 +500,29 @@ def _write(connection: sqlite3.Connection, batch: _Batch, texts: list[str]) -> N
 
 
 def _do(connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[Any, Any]]) -> None:
-    """Calls a function for several at once; if it cannot be done for one of them, for each by itself."""
-    several = len(jobs) > 1
+    if len(jobs) > 1 and _do_at_once(connection, work, jobs):
+        return
+    for job in jobs:
+        try:
+            (job.result,) = work(connection, [job.row])
+        except BaseException as error:
+            if isinstance(error, sqlite3.Error) and not (
+                is_of_statement(error) and connection.in_transaction
+            ):
+                raise
+            job.error = error
+
+
+def _do_at_once(
+    connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[Any, Any]]
+) -> bool:
+    """Tells whether it could be done for all of them; if not, nothing is."""
     try:
-        if several:
-            connection.execute("SAVEPOINT several")
         results = work(connection, [job.row for job in jobs])
-    except BaseException as error:
-        if isinstance(error, sqlite3.Error) and not (
-            is_of_statement(error) and connection.in_transaction
-        ):
+    except Exception as error:
+        if isinstance(error, sqlite3.Error) and not is_of_statement(error):
             raise
-        if several:
-            connection.execute("ROLLBACK TO several")
-            for job in jobs:
-                _do(connection, work, [job])
-        else:
-            jobs[0].error = error
-    else:
-        for job, result in zip(jobs, results, strict=True):
-            job.result = result
-    if several:
-        connection.execute("RELEASE several")
+        return False
+    for job, result in zip(jobs, results, strict=True):
+        job.result = result
+    return True
