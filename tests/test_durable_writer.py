@@ -811,6 +811,9 @@ async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):
     # Nothing that is given to it is kept waiting.
     with pytest.raises(JournalError, match="unable to open database file"):
         await writer.call(len_of_nothing)
+    writer.append(1, 0, EVENT)
+    with pytest.raises(JournalError, match="unable to open database file"):
+        await writer.flush(1)
     await writer.stop()
 
     assert disk.closed == 0

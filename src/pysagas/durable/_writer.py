@@ -402,9 +402,9 @@ class Writer:
                 batch.error = failed
             else:
                 _write(connection, batch, self._texts(self._records(batch)))
-                if batch.error is not None:
-                    for run in batch.events:
-                        self._lost.setdefault(run, batch.error)
+            if batch.error is not None:
+                for run in batch.events:
+                    self._lost.setdefault(run, batch.error)
             self._wake(batch)
         if connection is not None:
             self._close(connection)
