@@ -254,7 +254,7 @@ async def test_d7_what_a_batch_has_of_a_run_is_one_record(disk):
         assert disk.records() == 3
 
 
-@pytest.mark.parametrize("runs", [1, 2, 32, 33, 150])
+@pytest.mark.parametrize("runs", [1, 2, 3, 4, FEW, FEW + 1, 63, 64, 150])
 async def test_d7_however_many_runs_a_batch_has_all_are_written(disk, runs):
     """Of however many runs something is queued, none is left out, and none written twice (D7)."""
     async with running(disk) as writer:
@@ -310,6 +310,21 @@ async def many_wait(disk: Disk, writer: Writer, wait: Any) -> AsyncIterator[list
 
 async def flush(writer: Writer, run: int) -> None:
     await writer.flush(run)
+
+
+def stopped_at_the_second_half(writer: Writer) -> tuple[threading.Event, threading.Event]:
+    """Stops the thread before it writes what was left; gives when it has come there, and lets it go on."""
+    reached, go_on = threading.Event(), threading.Event()
+    encode_all = writer._encode
+
+    def encode_or_stop(records: Any) -> str:
+        if f"{HALF}/{HALF}" in records:
+            reached.set()
+            assert go_on.wait(ENOUGH)
+        return encode_all(records)
+
+    writer._encode = encode_or_stop
+    return reached, go_on
 
 
 async def test_d7_of_many_runs_half_is_written_and_goes_on_while_the_rest_is_written(disk):
@@ -402,15 +417,7 @@ async def test_d7_a_flush_that_comes_when_half_is_written_waits_for_the_other_ha
     """Whose events are in the half that is left waits for them, whenever it asks (D7)."""
     disk.under_way = MANY
     async with running(disk) as writer:
-        stopped = threading.Event()
-        encode_all = writer._encode
-
-        def stop_at_the_second(records: Any) -> str:
-            if f"{HALF}/{HALF}" in records:
-                assert stopped.wait(ENOUGH)
-            return encode_all(records)
-
-        writer._encode = stop_at_the_second
+        _, go_on = stopped_at_the_second_half(writer)
         async with busy(writer):
             for run in range(MANY):
                 writer.append(run, run, EVENT)
@@ -420,7 +427,7 @@ async def test_d7_a_flush_that_comes_when_half_is_written_waits_for_the_other_ha
             tasks.start_soon(flush, writer, MANY - 1)
             await wait_all_tasks_blocked()
             assert disk.records() == HALF
-            stopped.set()
+            go_on.set()
         assert disk.records() == MANY
 
 
@@ -428,16 +435,7 @@ async def test_d7_who_waits_for_the_second_half_can_be_cancelled(disk):
     """A cancellation finds those that were left for another batch, and the events are written (D7)."""
     disk.under_way = MANY
     async with running(disk) as writer:
-        stopped, reached = threading.Event(), threading.Event()
-        encode_all = writer._encode
-
-        def stop_at_the_second(records: Any) -> str:
-            if f"{HALF}/{HALF}" in records:
-                reached.set()
-                assert stopped.wait(ENOUGH)
-            return encode_all(records)
-
-        writer._encode = stop_at_the_second
+        reached, go_on = stopped_at_the_second_half(writer)
         cancelled = []
 
         async def wait(run: int) -> None:
@@ -453,11 +451,11 @@ async def test_d7_who_waits_for_the_second_half_can_be_cancelled(disk):
                     writer.append(run, run, EVENT)
                     tasks.start_soon(wait, run)
                 await wait_all_tasks_blocked()
-            await anyio.to_thread.run_sync(reached.wait)
+            assert await anyio.to_thread.run_sync(reached.wait, ENOUGH)
             await wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
         assert sorted(cancelled) == list(range(HALF, MANY))
-        stopped.set()
+        go_on.set()
         await writer.flush(MANY - 1)
 
         assert disk.numbers() == list(range(MANY))

@@ -187,8 +187,8 @@ class Journal(Storage):
     ) -> Outcome[T]:
         place = check_run(saga, run_id, exceptions)
         _check_on_crash("run", on_crash)
-        _check_text(f"{place}: run_id", run_id)
-        _check_text(f"{place}: the name of the saga", saga.name)
+        _check_text(place, "run_id", run_id)
+        _check_text(place, "the name of the saga", saga.name)
         data = encode_arguments(self._codec, args, kwargs, function_of(saga), place)
         saga.check_call(args, kwargs, "{}.run")
         with self._hold(run_id):
@@ -300,7 +300,7 @@ class Journal(Storage):
             BaseException: As for `run`.
             JournalError: There is no such run, or it has not failed.
         """
-        _check_text(f"{check_run(saga, run_id, exceptions, 'journal.retry')}: run_id", run_id)
+        _check_text(check_run(saga, run_id, exceptions, "journal.retry"), "run_id", run_id)
         with self._hold(run_id):
             stored = await self._stored(run_id)
             if stored is None or stored.state is not RunState.FAILED:
@@ -701,16 +701,16 @@ def _check_time(what: str, given: object) -> None:
 def _check_id(call: str, run_id: object) -> None:
     if not isinstance(run_id, str):
         raise TypeError(f"journal.{call}: run_id must be a string, not {run_id!r}")
-    _check_text(f"journal.{call}: run_id", run_id)
+    _check_text(f"journal.{call}", "run_id", run_id)
 
 
-def _check_text(what: str, text: str) -> None:
+def _check_text(place: str, what: str, text: str) -> None:
     """Refuses lone surrogates, which no file can hold."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{what} is no text that can be stored: {error}") from error
+            raise ValueError(f"{place}: {what} is no text that can be stored: {error}") from error
 
 
 def _without_traceback(error: RunInterrupted) -> None:

@@ -293,10 +293,9 @@ class RunMiddleware:
         recorder = self.recorder
         try:
             recorder.append(STARTED, effect.path, effect.name)
+            # As `_flush`, written out: that would be one coroutine more for each step.
             try:
-                await (
-                    recorder.flush()
-                )  # and not `_flush`: of all that is awaited, each step awaits this
+                await recorder.flush()
             except JournalError as error:
                 self._break(error)
             answer = await call_next()
