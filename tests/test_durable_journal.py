@@ -77,10 +77,10 @@ class Disk:
         """A process that has the journal open."""
         self.dead = False
         if self.kind == "memory":
-            runs, keys = self.memory._runs, self.memory._keys
+            dead = self.memory.in_next_process()
             self.memory = MemoryJournal()
-            self.memory._runs, self.memory._keys = runs, keys
-            self.memory = self.memory.in_next_process()
+            for name in ("_runs", "_key_of", "_keys"):  # and nothing of what `kill` has put there
+                setattr(self.memory, name, getattr(dead, name))
             yield self.memory
         else:
             async with SQLiteJournal(self.path) as journal:

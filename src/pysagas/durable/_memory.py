@@ -38,6 +38,7 @@ class MemoryJournal(Journal):
         """Starts with no runs."""
         super().__init__(codec)
         self._runs: dict[int, _Run] = {}
+        self._key_of: dict[str, int] = {}
         # No key is used again: an outcome that is kept may know a run that was pruned.
         self._keys = count()
 
@@ -48,12 +49,6 @@ class MemoryJournal(Journal):
         for run in self._runs.values():
             run.held = False
         return journal
-
-    def _find(self, run_id: str) -> int | None:
-        for key, run in self._runs.items():
-            if run.stored.run_id == run_id:
-                return key
-        return None
 
     async def _claim(
         self,
@@ -66,11 +61,11 @@ class MemoryJournal(Journal):
         create: bool = False,
     ) -> Claim:
         await checkpoint()
-        key = self._find(run_id)
+        key = self._key_of.get(run_id)
         if key is None:
             if not create:
                 raise RunGone(f"run {run_id!r}")
-            key = next(self._keys)
+            key = self._key_of[run_id] = next(self._keys)
             self._runs[key] = _Run(Stored(run_id, saga, version, args, RunState.RUNNING), now)
             return Claim(key, is_new=True)
         run = self._runs[key]
@@ -117,7 +112,7 @@ class MemoryJournal(Journal):
         return [run.stored for run in self._runs.values() if run.ending is None]
 
     async def _stored(self, run_id: str) -> Stored | None:
-        key = self._find(run_id)
+        key = self._key_of.get(run_id)
         return None if key is None else self._runs[key].stored
 
     async def _list(self, since: float = -math.inf, run_id: str | None = None) -> list[RunInfo]:
@@ -137,7 +132,7 @@ class MemoryJournal(Journal):
         ]
 
     async def _events(self, run_id: str) -> list[Event]:
-        key = self._find(run_id)
+        key = self._key_of.get(run_id)
         if key is None:
             raise JournalError(f"run {run_id!r} is not in the journal")
         return list(self._runs[key].events)
@@ -151,7 +146,7 @@ class MemoryJournal(Journal):
             and run.stored.state in (RunState.COMPLETED, RunState.COMPENSATED)
         ]
         for key in gone:
-            del self._runs[key]
+            del self._key_of[self._runs.pop(key).stored.run_id]
         return len(gone)
 
 
