@@ -24,7 +24,17 @@ from conftest import ASYNCIO
 from histories import make_writable
 from mortal import Boom, Shop
 
-from pysagas import Commit, Parallel, Saga, SagaScope, SagaState, Step, StepState, saga
+from pysagas import (
+    Commit,
+    CompensationFailed,
+    Parallel,
+    Saga,
+    SagaScope,
+    SagaState,
+    Step,
+    StepState,
+    saga,
+)
 from pysagas.durable import (
     Event,
     EventKind,
@@ -886,7 +896,184 @@ async def test_an_opening_that_is_cancelled_natively_leaves_nothing_open(path):
     assert owner_files(path) == []
 
 
+@asynccontextmanager
+async def thread_held(journal: SQLiteJournal) -> AsyncIterator[None]:
+    """The journal's thread is at work for the length of the block: what comes is the next batch."""
+    at_work, go = threading.Event(), threading.Event()
+
+    def hold(_: sqlite3.Connection) -> None:
+        at_work.set()
+        assert go.wait(ENOUGH)
+
+    holding = asyncio.ensure_future(on_connection(journal, hold))
+    await asyncio.to_thread(at_work.wait)
+    try:
+        yield
+    finally:
+        go.set()
+        await holding
+
+
+async def cancelled_twice(task: asyncio.Future[Any]) -> None:
+    """Cancels a task natively, and again when it has dealt with that; it goes on all the same."""
+    for _ in range(2):
+        await wait_all_tasks_blocked()
+        task.cancel()
+    await wait_all_tasks_blocked()
+    assert not task.done()
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_an_end_that_is_cancelled_natively_is_in_hand_until_it_is_recorded(path):
+    """Who asks again at once must not find the run unfinished, and take it back (D1, D6)."""
+    shop = Shop()
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await go.wait()
+
+    whole = Saga([shop.step("a"), Step(wait)], name="s")
+    async with SQLiteJournal(path) as journal:
+        first = asyncio.ensure_future(journal.run(whole, run_id="r"))
+        await begun.wait()
+        async with thread_held(journal):
+            go.set()
+            await cancelled_twice(first)
+            with pytest.raises(RunInProgress):
+                await journal.run(whole, run_id="r")
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await journal.run(whole, run_id="r")).state is SagaState.COMPLETED
+
+    assert (shop.there, read(path, "SELECT state FROM runs")) == ({"a"}, ["completed"])
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_a_beginning_that_is_cancelled_natively_is_in_hand_until_it_is_let_go(path):
+    """Who asks again at once must not have the run taken out of its hands (D6)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        async with thread_held(journal):
+            first = asyncio.ensure_future(journal.run(abc(shop), run_id="r"))
+            await cancelled_twice(first)
+            with pytest.raises(RunInProgress):
+                await journal.run(abc(shop), run_id="r")
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert read(path, "SELECT state, owner FROM runs") == [("running", None)]
+        assert (
+            await journal.run(abc(shop), run_id="r", on_crash="resume")
+        ).state is SagaState.COMPLETED
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_retry_and_prune_are_waited_for_though_they_are_cancelled_natively(path):
+    """What they write is written when they end, and the cancellation comes after (D6)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        with pytest.raises(CompensationFailed):
+            await journal.run(stuck(shop), run_id="stuck")
+        await journal.run(abc(shop), run_id="r")
+        reopens, held = asyncio.Event(), asyncio.Event()
+        reopen = journal._reopen
+
+        async def reopen_then(key: int, was: RunState) -> None:
+            reopens.set()
+            await held.wait()
+            await reopen(key, was)
+
+        journal._reopen = reopen_then
+        again = asyncio.ensure_future(journal.retry(stuck(shop), "stuck"))
+        await reopens.wait()
+        async with thread_held(journal):
+            prune = asyncio.ensure_future(journal.prune(before=LATER))
+            held.set()
+            await cancelled_twice(again)
+            await cancelled_twice(prune)
+        for task in (again, prune):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    assert read(path, "SELECT run_id, state, owner FROM runs") == [("stuck", "running", None)]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_closing_is_waited_for_though_it_is_cancelled_natively(path):
+    """Or the journal could be opened again before it has dropped its lock, and lose that (D6)."""
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+    async with thread_held(journal):
+        closing_ = asyncio.ensure_future(journal.__aexit__(None, None, None))
+        await cancelled_twice(closing_)
+        with pytest.raises(JournalError, match="is still being closed; open another SQLiteJournal"):
+            await journal.__aenter__()
+    with pytest.raises(asyncio.CancelledError):
+        await closing_
+
+    assert owner_files(path) == []
+    async with journal:
+        assert journal._lock is not None
+
+
 # --- a journal that fails -------------------------------------------------------------------------
+
+
+async def test_d8_what_many_owe_is_paid_once(path, monkeypatch):
+    """Runs that could not be let go are, by the next that begins, each once; nothing is kept of them (D8)."""
+    shop = Shop()
+    let_go = []
+
+    def counted(connection: sqlite3.Connection, owed: Any) -> None:
+        let_go.append(owed.key)
+        release(connection, owed)
+
+    release = _sqlite._let_go_of
+    monkeypatch.setattr(_sqlite, "_let_go_of", counted)
+    begun, go = 0, anyio.Event()
+
+    async def wait() -> None:
+        nonlocal begun
+        begun += 1
+        await go.wait()
+
+    whole = Saga([Step(wait), shop.step("never")], name="s")
+
+    async def fails(run_id: str) -> None:
+        with pytest.raises(JournalError, match="database is locked"):
+            await journal.run(whole, run_id=run_id)
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as somebody:
+        async with SQLiteJournal(path, busy_timeout=0) as journal:
+            async with create_task_group() as tasks:
+                for number in range(20):
+                    tasks.start_soon(fails, f"r{number}")
+                while begun < 20:
+                    await anyio.sleep(0.001)
+                somebody.execute("BEGIN IMMEDIATE")
+                go.set()
+            assert (len(journal._owed), let_go) == (20, [])
+            somebody.execute("ROLLBACK")
+            async with create_task_group() as tasks:
+                for number in range(5):
+                    tasks.start_soon(partial(journal.run, abc(shop), run_id=f"new {number}"))
+            assert sorted(let_go) == list(range(1, 21))
+            assert (journal._owed, journal._tried) == ({}, {})
+            assert journal._writer is not None
+            assert (journal._next, journal._writer._lost) == ({}, {})
+            async with SQLiteJournal(path) as another:
+                assert len((await another.recover([whole])).recovered) == 20
+    assert shop.there == {"a", "b", "c"}
+
+
+async def test_a_run_that_is_recalled_leaves_nothing_behind(path):
+    """The journal keeps nothing of a run that has ended, however often that is asked for."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        for _ in range(2):
+            await journal.run(abc(shop), run_id="r")
+
+        assert (journal._next, journal._in_hand) == ({}, set())
 
 
 async def test_d8_a_full_disk_takes_the_run_back(path):
@@ -1044,12 +1231,12 @@ async def test_d6_a_run_that_is_in_hand_again_is_not_let_go_for_what_was_owed(pa
             with pytest.raises(JournalError, match="database is locked"):
                 await journal.run(whole, run_id="r", on_crash="resume")
             somebody.execute("ROLLBACK")
-            owed = list(journal._owed)
+            owed = dict(journal._owed)
             assert len(owed) == 1
             async with create_task_group() as tasks:
                 tasks.start_soon(partial(journal.run, whole, run_id="r", on_crash="resume"))
                 await began.wait()
-                assert journal._owed == []
+                assert journal._owed == {}
                 journal._owed = owed  # as a claim has it that was made just before
                 await journal.run(Saga([Step(lambda: None)], name="other"), run_id="other")
                 async with SQLiteJournal(path) as another:
@@ -1076,7 +1263,7 @@ async def test_d8_a_record_that_is_damaged_keeps_nobody_else_from_anything(path)
             report = await journal.recover([abc(shop)])
             assert "a record cannot be read" in str(report.left[0].error)
             assert ["running", "completed"] == [info.state.value for info in await journal.runs()]
-            assert journal._owed == []
+            assert journal._owed == {}
 
 
 async def test_d8_a_disk_that_fails_as_a_run_is_let_go_is_no_damaged_record():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sqlite3
@@ -14,7 +15,10 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio import create_task_group, fail_after, wait_all_tasks_blocked
+from conftest import ASYNCIO
+from helpers import TRIO
 
 from pysagas.durable import JournalError
 from pysagas.durable._records import Many
@@ -128,6 +132,20 @@ def encode(records: object) -> str:
     return json.dumps(records)
 
 
+async def write(writer: Writer, function: Any) -> Any:
+    """Calls a function that writes, which nothing cancels."""
+    result, late = await writer.call_surely(lambda connection, _: [function(connection)], None)
+    assert late is None
+    return result
+
+
+async def write_together(writer: Writer, work: Any, row: int, **options: bool) -> Any:
+    """Calls it for this row and for those of others."""
+    result, late = await writer.call_surely(work, row, together=True, **options)
+    assert late is None
+    return result
+
+
 async def submit(
     writer: Writer, number: int, errors: list[JournalError] | None = None, run: int = 1
 ) -> None:
@@ -227,7 +245,7 @@ async def test_a_job_comes_after_the_rows_that_were_taken_before_it(disk):
         writer.append(1, 0, EVENT)
         writer.append(1, 1, EVENT)
         assert await writer.call(count) == (2,)
-        assert await writer.call(partial(insert, number=2)) == 2
+        assert await write(writer, partial(insert, number=2)) == 2
         assert disk.numbers() == [0, 1, 2]
 
 
@@ -366,6 +384,21 @@ async def test_d7_half_of_what_is_queued_and_of_what_is_to_come_is_taken(
     assert list(writer._next.events) == list(range(size, queued))
 
 
+async def test_d7_what_was_left_once_for_the_next_batch_is_not_left_again(disk):
+    """A function is called soon, though as many runs go on as there may be (D7)."""
+    writer = disk.writer()
+    disk.under_way = MANY
+    for run in range(MANY):
+        writer.append(run, 0, EVENT)
+    writer._queue(insert_all_of, 1)
+
+    assert not writer._take().groups
+    for run in range(MANY):
+        writer.append(run, 1, EVENT)
+    batch = writer._take()
+    assert (len(batch.events), len(batch.groups)) == (MANY, 1)
+
+
 async def test_d7_functions_come_after_all_events_of_both_halves(disk):
     """A function that is called after many events finds all of them, though they are two batches (D7)."""
 
@@ -376,7 +409,7 @@ async def test_d7_functions_come_after_all_events_of_both_halves(disk):
     counts = []
 
     async def call() -> None:
-        counts.append(await writer.call(count, reads=True))
+        counts.append(await writer.call(count))
 
     disk.under_way = MANY
     async with running(disk) as writer, create_task_group() as tasks:
@@ -400,7 +433,7 @@ async def test_d7_many_calls_are_halved_too_and_each_has_its_own_result(disk):
     results: dict[int, int] = {}
 
     async def call(row: int) -> None:
-        results[row] = await writer.call_together(double, row)
+        results[row] = await write_together(writer, double, row)
 
     disk.under_way = MANY
     async with running(disk) as writer, create_task_group() as tasks:
@@ -490,7 +523,7 @@ async def call_all(writer: Writer, work: Any, rows: list[int]) -> dict[int, Any]
 
     async def call(row: int) -> None:
         try:
-            results[row] = await writer.call_together(work, row)
+            results[row] = await write_together(writer, work, row)
         except (ValueError, JournalError) as error:
             results[row] = error
 
@@ -512,6 +545,111 @@ async def test_who_calls_the_same_function_is_served_by_one_call(disk):
     async with running(disk) as writer:
         assert await call_all(writer, put, [3, 1, 2]) == {1: 1, 2: 2, 3: 3}
     assert calls == [[3, 1, 2]]
+
+
+async def test_what_is_called_together_passes_nothing_that_stands_alone(disk):
+    """Who calls for many joins the others behind the last one who calls alone; some functions come first."""
+    calls: list[str] = []
+
+    def named(name: str) -> Any:
+        def call(_: sqlite3.Connection, rows: list[Any]) -> list[Any]:
+            calls.append(f"{name} {rows}")
+            return rows
+
+        return call
+
+    begin, end = named("begin"), named("end")
+    async with running(disk) as writer, create_task_group() as tasks, busy(writer):
+        for row, (work, options) in enumerate(
+            [
+                (begin, {"together": True}),
+                (end, {"together": True, "first": True}),
+                (begin, {"together": True}),
+                (named("alone"), {}),
+                (begin, {"together": True}),
+                (end, {"together": True, "first": True}),
+                (end, {"together": True, "first": True}),
+            ]
+        ):
+            tasks.start_soon(partial(writer.call_surely, work, row, **options))
+            await wait_all_tasks_blocked()
+
+    assert calls == ["end [1]", "begin [0, 2]", "alone [3]", "end [5, 6]", "begin [4]"]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("shield", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_call_is_waited_for_though_its_task_is_cancelled_natively_twice(disk, shield, fails):
+    """Only then is it known what is on disk; what is told is its result, and the cancellation besides."""
+
+    def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        if fails:
+            raise sqlite3.OperationalError("disk I/O error")
+        return insert_all_of(connection, rows)
+
+    async with running(disk) as writer:
+        async with busy(writer):
+            call = asyncio.ensure_future(writer.call_surely(put, 5, shield=shield))
+            for _ in range(2):
+                await wait_all_tasks_blocked()
+                call.cancel()
+            await wait_all_tasks_blocked()
+            assert not call.done()
+        if fails:
+            with pytest.raises(JournalError, match="disk I/O error"):
+                await call
+        else:
+            result, late = await call
+            assert (result, type(late)) == (5, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_that_comes_with_the_end_of_a_call_finds_it_over(disk, fails):
+    """Cancelled natively in the moment in which its batch is told of, it is told as well."""
+
+    def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
+        if fails:
+            raise sqlite3.OperationalError("disk I/O error")
+        return insert_all_of(connection, rows)
+
+    async with running(disk) as writer:
+        finish = writer._finish
+
+        def cancel_and_finish(batch: Any) -> None:
+            call.cancel()
+            finish(batch)
+
+        writer._finish = cancel_and_finish
+        call = asyncio.ensure_future(writer.call_surely(put, 5))
+        if fails:
+            with pytest.raises(JournalError, match="disk I/O error"):
+                await call
+        else:
+            result, late = await call
+            assert (result, type(late)) == (5, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_a_call_that_was_left_for_the_next_batch_is_waited_for_there(disk):
+    """Cancelled natively when the batch in which it was has been written, it is found where it is now."""
+    disk.under_way = MANY
+    async with running(disk) as writer:
+        reached, go_on = stopped_at_the_second_half(writer)
+        async with busy(writer):
+            for run in range(MANY):
+                writer.append(run, run, EVENT)
+            call = asyncio.ensure_future(writer.call_surely(insert_all_of, 5000))
+            await wait_all_tasks_blocked()
+        assert await anyio.to_thread.run_sync(reached.wait, ENOUGH)
+        await wait_all_tasks_blocked()
+        call.cancel()
+        await wait_all_tasks_blocked()
+        assert not call.done()
+        go_on.set()
+        result, late = await call
+        assert (result, type(late)) == (5000, asyncio.CancelledError)
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -571,7 +709,7 @@ async def test_a_call_that_is_shielded_ends_though_its_scope_is_cancelled(disk):
     results = []
 
     async def call() -> None:
-        results.append(await writer.call_together(insert_all_of, 5, shield=True))
+        results.append(await write_together(writer, insert_all_of, 5, shield=True))
         await anyio.lowlevel.checkpoint()
         results.append(None)
 
@@ -629,7 +767,7 @@ async def test_d7_a_job_that_raises_leaves_the_work_of_the_others(disk):
 
     async def call() -> None:
         with pytest.raises(ValueError) as info:
-            await writer.call(refuse)
+            await write(writer, refuse)
         caught.append(info.value)
 
     async with running(disk) as writer:
@@ -639,7 +777,7 @@ async def test_d7_a_job_that_raises_leaves_the_work_of_the_others(disk):
                 await wait_all_tasks_blocked()
                 tasks.start_soon(call)
                 await wait_all_tasks_blocked()
-                tasks.start_soon(writer.call, partial(insert, number=1))
+                tasks.start_soon(write, writer, partial(insert, number=1))
                 await wait_all_tasks_blocked()
 
         assert disk.numbers() == [0, 1]
@@ -659,7 +797,7 @@ async def test_d8_a_job_in_which_the_database_fails_fails_its_batch(disk):
         with pytest.raises(
             JournalError, match="journal here cannot be written: database or disk is full"
         ):
-            await writer.call(fill)
+            await write(writer, fill)
         assert disk.numbers() == []
 
 
@@ -688,7 +826,7 @@ async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_a
         await submit(writer, 0)
         writer.append(1, 1, EVENT)
         with pytest.raises(JournalError, match="cannot be written: UNIQUE constraint failed"):
-            await writer.call(lambda connection: connection.execute(again))
+            await write(writer, lambda connection: connection.execute(again))
         assert "ROLLBACK" not in disk.statements
         writer.forget(1)
         await submit(writer, 2)
@@ -744,7 +882,7 @@ async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk
         async def failing() -> None:
             writer.append(1, 0, EVENT)
             with pytest.raises(JournalError, match="disk I/O error"):
-                await writer.call(fail)
+                await write(writer, fail)
 
         async with create_task_group() as tasks:
             tasks.start_soon(failing)
@@ -762,7 +900,7 @@ async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk
 async def test_d8_what_others_lose_later_says_nothing_of_a_run_that_is_written(disk):
     """Who asks late whether its events are on disk hears of them, and not of the last batch (D8)."""
     async with running(disk) as writer:
-        await writer.call(partial(insert, number=5))
+        await write(writer, partial(insert, number=5))
         writer.forget(1)
         writer.append(2, 0, EVENT)
         await writer.call(len_of_nothing)
@@ -817,6 +955,116 @@ async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):
     assert disk.closed == 0
 
 
+async def test_d8_a_batch_that_cannot_even_be_undone_ends_the_connection(disk):
+    """What comes next would be put into its transaction, told as written, and be lost with it (D8)."""
+
+    def refuse_ends(connection: sqlite3.Connection) -> None:
+        ends = {("COMMIT",), ("ROLLBACK",)}
+        connection.set_authorizer(
+            lambda action, operation, *_: (
+                sqlite3.SQLITE_DENY
+                if action == sqlite3.SQLITE_TRANSACTION and (operation,) in ends
+                else sqlite3.SQLITE_OK
+            )
+        )
+
+    async with running(disk) as writer:
+        await submit(writer, 0)
+        for _ in range(2):
+            with pytest.raises(JournalError, match="cannot be written: not authorized"):
+                await write(writer, refuse_ends)
+        writer.append(2, 7, EVENT)
+        with pytest.raises(JournalError, match="cannot be written: not authorized"):
+            await writer.flush(2)
+        with closing(sqlite3.connect(disk.path, timeout=0)) as somebody:
+            insert(somebody, 1)  # the file is free
+            somebody.commit()
+
+    assert (disk.numbers(), disk.closed) == ([0, 1], 1)
+
+
+async def test_d8_why_a_batch_failed_does_not_keep_what_it_had(disk):
+    """The reason is kept as long as its runs are; the frames in which it was raised are not (D8)."""
+
+    def fail(_: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with running(disk) as writer:
+        writer.append(1, 0, EVENT)
+        with pytest.raises(JournalError):
+            await write(writer, fail)
+
+        assert writer._lost[1].__traceback__ is None
+
+
+# --- interruptions at any place -----------------------------------------------------------------
+
+
+class Rude:
+    """What the thread is told by, and an interrupt that comes just before, or just after."""
+
+    def __init__(self, told: Any, when: str) -> None:
+        self.get = told.get
+        self.told, self.when = told, when
+
+    def put(self, item: None) -> None:
+        if self.when == "before":
+            self.when = ""
+            raise KeyboardInterrupt
+        self.told.put(item)
+        if self.when == "after":
+            self.when = ""
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_keyboard_interrupt_does_not_keep_the_thread_from_being_told(disk, when):
+    """Wherever Ctrl-C comes while it is told of work, who comes next tells it."""
+    async with running(disk) as writer:
+        while not writer._waits:
+            await anyio.sleep(0)
+        writer._wanted = Rude(writer._wanted, when)
+        with pytest.raises(KeyboardInterrupt):
+            writer.append(1, 0, EVENT)
+        await submit(writer, 1)
+
+        assert disk.numbers() == [0, 1]
+
+
+@pytest.mark.parametrize("anyio_backend", TRIO, indirect=True)
+@pytest.mark.parametrize("shielded", [False, True])
+async def test_a_keyboard_interrupt_does_not_come_between_noting_a_task_and_its_wait(disk, shielded):
+    """On Trio a task that is noted down and does not wait would be woken from something else."""
+    protected = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(trio.lowlevel, name)
+
+        def current_task(self) -> Any:
+            protected.append(trio.lowlevel.currently_ki_protected())
+            return trio.lowlevel.current_task()
+
+    async with running(disk) as writer:
+        writer._loop._lowlevel = Watched()
+        writer.append(1, 0, EVENT)
+        await writer.flush(1)
+        _ = await writer.call_surely(insert_all_of, 5, shield=shielded)
+
+    assert protected == [True, True]
+
+
+async def test_a_run_that_is_collected_while_the_lock_is_held_does_not_wait_for_it(disk):
+    """The garbage collector runs anywhere, and what it closes has something to record."""
+    async with running(disk) as writer:
+        with writer._lock:
+            writer.append(1, 0, EVENT)
+            writer._queue(insert_all_of, 5)
+        await writer.flush(1)
+
+        assert disk.numbers() == [0, 5]
+
+
 # --- the end ------------------------------------------------------------------------------------
 
 
@@ -853,7 +1101,7 @@ async def test_nothing_is_called_after_the_end(disk):
     async with running(disk) as writer:
         await submit(writer, 0)
     with pytest.raises(JournalError, match="^journal here is closed$"):
-        await writer.call(partial(insert, number=1))
+        await write(writer, partial(insert, number=1))
     await writer.flush(1)  # what was taken is on disk
 
     assert disk.numbers() == [0]

@@ -24,8 +24,6 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast
 from uuid import uuid4
 
-import anyio
-
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
 from ._events import Event, EventKind, RunInfo, RunState
@@ -110,9 +108,10 @@ class SQLiteJournal(Journal):
         self._events_in = Events()
         # The number of the next event of each run.
         self._next: dict[int, int] = {}
-        # The runs that are still to be let go, as that was not possible: each with what is still to be
-        # recorded of it, where it was taken back meanwhile.
-        self._owed: list[_Owed] = []
+        # The runs that are still to be let go, as that was not possible, by key: each with what is still to be
+        # recorded of it, where it was taken back meanwhile. And those of which that is being tried.
+        self._owed: dict[int, _Owed] = {}
+        self._tried: dict[int, _Owed] = {}
         self._is_opening = False
         self._end_all: Work[_End, None]
 
@@ -130,6 +129,11 @@ class SQLiteJournal(Journal):
         """
         if self._writer is not None or self._is_opening:
             raise JournalError(f"journal {self._path} is open already")
+        if self._last_writer is not None and self._last_writer.is_running:
+            # Nobody has waited for it; and it would drop the lock that is taken now.
+            raise JournalError(
+                f"journal {self._path} is still being closed; open another SQLiteJournal"
+            )
         if self._in_hand:
             # They belong to the owner that it was then, whom it would not be any more.
             raise JournalError(
@@ -149,6 +153,7 @@ class SQLiteJournal(Journal):
         try:
             await writer.start()
         except BaseException as error:
+            self._last_writer = writer
             await writer.stop()
             cause = error.__cause__
             raise (cause if isinstance(cause, JournalError) else error) from None
@@ -206,7 +211,7 @@ class SQLiteJournal(Journal):
     def _close(self, connection: sqlite3.Connection) -> None:
         """Lets go of all runs, of the lock and of the file; on the writer's thread."""
         with suppress(sqlite3.Error):
-            self._settle(connection, tuple(self._owed))
+            self._settle(connection, [*self._tried.values(), *self._owed.values()])
         if not self._in_hand:
             with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
                 connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
@@ -281,29 +286,19 @@ class SQLiteJournal(Journal):
     ) -> Claim:
         writer = self._open()
         wanted = _Wanted(run_id, saga, version, args, now)
-        owed = tuple(self._owed)
-        settled: list[_Owed] = []
-
-        def claim(connection: sqlite3.Connection) -> Claim:
-            settled.extend(self._settle(connection, owed, run_id))
-            return self._begin_or_find(connection, wanted) if create else self._find(connection, wanted)
-
-        try:
-            if create and not owed:
-                return await writer.call_together(self._begin, wanted)
-            claimed = await writer.call(claim)
-        except anyio.get_cancelled_exc_class():
-            # It may have been taken all the same, for nobody.
-            with anyio.CancelScope(shield=True), suppress(JournalError):
-                await writer.call(
-                    lambda connection: connection.execute(
-                        "UPDATE runs SET owner = NULL WHERE run_id = ? AND owner = ?",
-                        (run_id, self._owner),
-                    )
-                )
-            raise
-        self._strike_off(settled)
-        return claimed
+        if self._owed:
+            await self._pay()
+        if create:
+            claim, late = await writer.call_surely(self._begin, wanted, together=True)
+        else:
+            claim, late = await writer.call_surely(lambda *of: [self._find(of[0], wanted)], wanted)
+        if claim.ending is None:
+            self._strike_off(claim.key)  # it was let go first
+            if late is not None:
+                await self._release(claim.key)  # it was taken for nobody
+        if late is not None:
+            raise late
+        return claim
 
     def _begin(self, connection: sqlite3.Connection, calls: list[_Wanted]) -> list[Claim]:
         """Begins runs that all are new; of a single one, finds out whether it is."""
@@ -349,6 +344,9 @@ class SQLiteJournal(Journal):
             )
         if owner not in (None, self._owner) and self._is_alive(connection, owner):
             raise RunInProgress(f"run {run_id!r} is under way in another process, which lives")
+        owed = self._owed.get(key) or self._tried.get(key)
+        if owed is not None:
+            _let_go_of(connection, owed)
         connection.execute("UPDATE runs SET owner = ? WHERE id = ?", (self._owner, key))
         return Claim(key)
 
@@ -359,63 +357,91 @@ class SQLiteJournal(Journal):
 
     async def _release(self, key: int, last: Event | None = None) -> None:
         record = None if last is None else self._events_in.encode([written(*last)])
-        this = _Owed(self._owner, key, record)
-
-        def release(connection: sqlite3.Connection) -> None:
-            settled.extend(self._settle(connection, owed))
-            _let_go_of(connection, this)
-
         self._next.pop(key, None)
-        owed = tuple(self._owed)
-        settled = [this]
         # Or a recovery that resumes would carry on what has been taken back.
-        self._owed.append(this)
-        with suppress(JournalError), anyio.CancelScope(shield=True):
-            writer = self._open()
-            await writer.call(release)
-            writer.forget(key)  # not before: what is queued of it still comes after a gap
-            self._strike_off(settled)
+        self._owed[key] = _Owed(self._owner, key, record)
+        with suppress(JournalError):
+            await self._pay(key)
+
+    async def _pay(self, in_hand: int | None = None) -> None:
+        """Lets go of all runs of which that is owed, and nobody tries it already.
+
+        Args:
+            in_hand: The key of the one that is in hand until then.
+
+        Raises:
+            JournalError: It is not possible; then it is owed still.
+        """
+        writer = self._open()
+        tried, self._owed = self._owed, {}
+        self._tried |= tried
+        settled: list[int] = []
+        try:
+            settled, late = await writer.call_surely(
+                lambda connection, _: [self._settle(connection, tried.values(), in_hand)],
+                None,
+                shield=True,
+            )
+        finally:
+            for key in settled:
+                writer.forget(key)  # not before: what is queued of it still comes after a gap
+                self._strike_off(key)
+            for key, owed in tried.items():
+                if self._tried.get(key) is owed:
+                    del self._tried[key]
+                    self._owed.setdefault(key, owed)
+        if late is not None:
+            raise late
 
     def _settle(
-        self, connection: sqlite3.Connection, owed: Iterable[_Owed], claimed: str | None = None
-    ) -> list[_Owed]:
-        """Lets go of runs of which that could not be recorded before; on the writer's thread.
+        self, connection: sqlite3.Connection, owed: Iterable[_Owed], in_hand: int | None = None
+    ) -> list[int]:
+        """Lets go of runs; on the writer's thread.
 
         Not of those that were taken into hand again meanwhile: whoever did that has let them go first.
 
         Args:
             connection: To the file.
             owed: What is to be let go.
-            claimed: The id of the run that is just being taken into hand.
+            in_hand: The key of the run that is just being let go, and is in hand until then.
 
         Returns:
-            What has been let go. It is struck off when that is on disk, and not before.
+            The keys of those that have been let go. They are struck off when that is on disk, and not before.
         """
-        settled: list[_Owed] = []
+        settled: list[int] = []
         for one in owed:
-            row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (one.key,)).fetchone()
-            if row is None or row[0] == claimed or row[0] not in self._in_hand:
-                _let_go_of(connection, one)
-                settled.append(one)
+            if one.key != in_hand:
+                row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (one.key,)).fetchone()
+                if row is not None and row[0] in self._in_hand:
+                    continue
+            _let_go_of(connection, one)
+            settled.append(one.key)
         return settled
 
-    def _strike_off(self, settled: Iterable[_Owed]) -> None:
-        self._owed = [one for one in self._owed if all(one is not another for another in settled)]
+    def _strike_off(self, key: int) -> None:
+        """Notes that a run is let go."""
+        self._owed.pop(key, None)
+        self._tried.pop(key, None)
 
     async def _load(self, key: int) -> list[Event]:
-        def load(connection: sqlite3.Connection) -> list[Any]:
-            return connection.execute(
+        def load(connection: sqlite3.Connection) -> tuple[list[Any], list[Any]]:
+            unfinished = connection.execute(
+                "SELECT id FROM runs WHERE id = ? AND state = 'running'", (key,)
+            ).fetchall()
+            return unfinished, connection.execute(
                 "SELECT seq, events FROM records WHERE run = ? ORDER BY seq", (key,)
             ).fetchall()
 
-        records = await self._open().call(load, reads=True)
+        unfinished, records = await self._open().call(load)
         self._open().forget(key)
         events: list[Event] = []
-        self._next[key] = 0
+        next_number = 0
         for number, record in records:
             these = self._events_in.decode(record)
             events += these
-            self._next[key] = number + len(these)
+            next_number = number + len(these)
+        if unfinished:  # of others nothing more is recorded
+            self._next[key] = next_number
         return events
 
     def _append(
@@ -434,10 +460,14 @@ class SQLiteJournal(Journal):
         error = None if ending.error is None else json.dumps(ending.error)
         row = (key, ending.state.value, ending.value, error, time.time())
         self._next.pop(key, None)
-        await self._open().call_together(self._end_all, row, shield=True)
+        _, late = await self._open().call_surely(
+            self._end_all, row, together=True, first=True, shield=True
+        )
+        if late is not None:
+            raise late
 
     async def _reopen(self, key: int, was: RunState) -> None:
-        def reopen(connection: sqlite3.Connection) -> int:
+        def reopen(connection: sqlite3.Connection, _: object) -> list[int]:
             taken = connection.execute(
                 "UPDATE runs SET state = ?, value = NULL, error = NULL, ended = NULL, owner = ? "
                 "WHERE id = ? AND state = ?",
@@ -450,11 +480,13 @@ class SQLiteJournal(Journal):
                 if row is None:
                     raise RunGone("this run")
                 raise not_so_any_more(row[0], RunState(row[1]), was)
-            return next_number(connection, key)
+            return [next_number(connection, key)]
 
-        number = await self._open().call(reopen)
+        number, late = await self._open().call_surely(reopen, None)
         self._open().forget(key)
         self._next[key] = number
+        if late is not None:
+            raise late
 
     async def _unfinished(self) -> list[Stored]:
         def unfinished(connection: sqlite3.Connection) -> list[Stored]:
@@ -465,7 +497,7 @@ class SQLiteJournal(Journal):
                 )
             ]
 
-        return await self._open().call(unfinished, reads=True)
+        return await self._open().call(unfinished)
 
     async def _stored(self, run_id: str) -> Stored | None:
         def stored(connection: sqlite3.Connection) -> Stored | None:
@@ -477,7 +509,7 @@ class SQLiteJournal(Journal):
             known, saga, version, args, state = row
             return Stored(known, saga, version, args, RunState(state))
 
-        return await self._open().call(stored, reads=True)
+        return await self._open().call(stored)
 
     async def _list(self, since: float = -math.inf, run_id: str | None = None) -> list[RunInfo]:
         which = "ended IS NULL OR ended >= ?" if run_id is None else "run_id = ?"
@@ -507,7 +539,7 @@ class SQLiteJournal(Journal):
                 )
             ]
 
-        return await self._open().call(listed, reads=True)
+        return await self._open().call(listed)
 
     async def _events(self, run_id: str) -> list[Event]:
         decode = self._events_in.decode
@@ -519,10 +551,10 @@ class SQLiteJournal(Journal):
             records = connection.execute("SELECT events FROM records WHERE run = ? ORDER BY seq", row)
             return [event for (record,) in records for event in decode(record)]
 
-        return await self._open().call(events, reads=True)
+        return await self._open().call(events)
 
     async def _prune(self, before: float) -> int:
-        def prune(connection: sqlite3.Connection) -> int:
+        def prune(connection: sqlite3.Connection, _: object) -> list[int]:
             ended = "state IN ('completed', 'compensated') AND ended < ?"
             connection.execute(
                 f"DELETE FROM records WHERE run IN (SELECT id FROM runs WHERE {ended})",  # noqa: S608
@@ -543,9 +575,12 @@ class SQLiteJournal(Journal):
                 for path in self._path.parent.iterdir():
                     if path.name.startswith(prefix) and path.name.removeprefix(prefix) not in known:
                         is_locked(path)
-            return pruned
+            return [pruned]
 
-        return await self._open().call(prune)
+        count, late = await self._open().call_surely(prune, None)
+        if late is not None:
+            raise late
+        return count
 
 
 _End = tuple[int, str, bytes, str | None, float]

@@ -16,14 +16,18 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
-from typing import Any, Generic, TypeVar, cast
+from queue import SimpleQueue
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import current_token
 
 from ._errors import JournalError
 from ._records import LARGE, Written, insert_all, is_of_statement
+from ._surely import surely
 
 __all__ = ["Writer"]
 
@@ -107,17 +111,22 @@ _WOKEN = _Woken()
 class _OnTrio:
     """The same on Trio: what waits is the task. One that refuses to be cancelled needs no scope."""
 
-    __slots__ = ("_lowlevel", "_token", "call_soon")
+    __slots__ = ("_lowlevel", "_token", "call_soon", "wait", "wait_shielded")
 
     def __init__(self, token: Any) -> None:
         self._token = token
-        self._lowlevel = import_module("trio.lowlevel")
+        self._lowlevel = lowlevel = import_module("trio.lowlevel")
         self.call_soon: Callable[..., object] = token.run_sync_soon
+        # A KeyboardInterrupt after the task is noted down, and before it waits, would have it woken where it
+        # waits for something else.
+        protected: Callable[[Callable[..., Any]], Callable[..., Awaitable[None]]]
+        protected = lowlevel.enable_ki_protection
+        self.wait, self.wait_shielded = protected(self._wait), protected(self._wait_shielded)
 
     def is_here(self) -> bool:
         return self._lowlevel.current_trio_token() is self._token
 
-    def wait(self, batch: _Batch, what: int | _Job[Any, Any]) -> Awaitable[None]:
+    async def _wait(self, batch: _Batch, what: int | _Job[Any, Any]) -> None:
         lowlevel = self._lowlevel
         task = lowlevel.current_task()
         batch.waiting[task] = what
@@ -128,61 +137,85 @@ class _OnTrio:
                 waits_for = waits_for.rest
             return lowlevel.Abort.SUCCEEDED
 
-        return cast("Awaitable[None]", lowlevel.wait_task_rescheduled(cancelled))
+        await lowlevel.wait_task_rescheduled(cancelled)
 
-    def wait_shielded(self, batch: _Batch, what: int | _Job[Any, Any]) -> Awaitable[None]:
+    async def _wait_shielded(self, batch: _Batch, what: int | _Job[Any, Any]) -> None:
         lowlevel = self._lowlevel
         batch.waiting[lowlevel.current_task()] = what
 
         def cancelled(_: object) -> Any:
             return lowlevel.Abort.FAILED
 
-        return cast("Awaitable[None]", lowlevel.wait_task_rescheduled(cancelled))
+        await lowlevel.wait_task_rescheduled(cancelled)
 
     def wake(self, task: Any, error: BaseException | None) -> None:
         woken = _WOKEN if error is None else import_module("outcome").Error(error)
         self._lowlevel.reschedule(task, woken)
 
 
+class _Group(NamedTuple):
+    """A function, and the rows that it is to be called with."""
+
+    work: Work[Any, Any]
+    jobs: list[_Job[Any, Any]]
+    may_grow: bool
+
+
 class _Batch:
     """What is written by one commit."""
 
-    __slots__ = ("error", "events", "jobs", "left", "reads", "rest", "waiting")
+    __slots__ = ("error", "events", "groups", "is_over", "left", "reads", "rest", "waiting", "was_left")
 
     def __init__(self) -> None:
         # For each run the number of its first event here, and its events.
         self.events: dict[int, tuple[int, list[Written]]] = {}
-        # For each function the rows that it is to be called with; and whether all of them only read.
-        self.jobs: dict[Work[Any, Any], list[_Job[Any, Any]]] = {}
+        # What is to be called after that, in this order; and whether all of it only reads.
+        self.groups: list[_Group] = []
         self.reads = True
         # The batch to which something of this one was left, for the next commit: the events of these runs,
-        # these jobs.
+        # these jobs. And whether jobs were left to this one.
         self.rest: _Batch | None = None
         self.left: set[int | _Job[Any, Any]] = set()
+        self.was_left = False
         # Why it was not written.
         self.error: BaseException | None = None
-        # Of the event loop: who waits, for the events of a run, or for a job.
+        # Of the event loop: who waits, for the events of a run, or for a job; whether all were told.
         self.waiting: dict[Any, int | _Job[Any, Any]] = {}
+        self.is_over = False
+
+    def add(self, work: Work[Row, T], job: _Job[Row, T], *, may_grow: bool, first: bool) -> None:
+        """Adds a job: to those with the same function, unless it would pass one that stands alone.
+
+        What stands `first` comes before the other functions that it may pass.
+        """
+        place = len(self.groups)
+        while place and self.groups[place - 1].may_grow:
+            place -= 1
+            if self.groups[place].work == work:
+                self.groups[place].jobs.append(job)
+                return
+        self.groups.insert(place if first else len(self.groups), _Group(work, [job], may_grow))
 
     def size(self) -> int:
         """Gives of how many runs there is something here that can be written without the others'."""
-        if self.events or len(self.jobs) != 1:
+        if self.events or len(self.groups) != 1:
             return len(self.events)
-        (jobs,) = self.jobs.values()
-        return len(jobs)
+        return len(self.groups[0].jobs)
 
     def leave(self, size: int, rest: _Batch) -> None:
         """Leaves all but so much for another batch; jobs come after all events."""
         self.rest = rest
         if not self.events:
-            ((work, jobs),) = self.jobs.items()
-            self.jobs, rest.jobs = {work: jobs[:size]}, {work: jobs[size:]}
+            ((work, jobs, may_grow),) = self.groups
+            self.groups = [_Group(work, jobs[:size], may_grow)]
+            rest.groups = [_Group(work, jobs[size:], may_grow)]
         else:
-            rest.events = {run: self.events.pop(run) for run in list(self.events)[size:]}
-            self.jobs, rest.jobs = {}, self.jobs
-        self.left.update(rest.events, *rest.jobs.values())
+            rest.events.update({run: self.events.pop(run) for run in list(self.events)[size:]})
+            self.groups, rest.groups = [], self.groups
+        self.left.update(rest.events, *(group.jobs for group in rest.groups))
+        rest.was_left = bool(rest.groups)
         rest.reads = self.reads
-        self.reads = self.reads or not self.jobs
+        self.reads = self.reads or not self.groups
 
 
 class Writer:
@@ -211,8 +244,10 @@ class Writer:
         self._batch_of: dict[int, _Batch] = {}
         # The size of the batch that was taken last.
         self._taken = 0
-        self._lock = threading.Lock()
-        self._wanted = threading.Condition(self._lock)
+        # What is told here may be so by the garbage collector, which closes a run that nobody holds: at any
+        # place, also where this thread has the lock.
+        self._lock = threading.RLock()
+        self._wanted: SimpleQueue[None] = SimpleQueue()
         # Whether the thread waits for work: it is told once, and not of each event.
         self._waits = False
         self._closing = False
@@ -230,16 +265,27 @@ class Writer:
             JournalError: That is not possible.
         """
         self._thread.start()
-        with anyio.CancelScope(shield=True):
-            await self.call(_nothing)
+        _, late = await self.call_surely(_nothing, None, shield=True)
+        if late is not None:
+            raise late
 
     async def stop(self) -> None:
-        """Writes what is left, and ends the thread, which closes the database."""
+        """Writes what is left, and ends the thread, which closes the database.
+
+        No cancellation cuts that off.
+        """
         with self._lock:
             self._closing = True
             self._tell()
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._thread.join)
+            late = await surely(partial(anyio.to_thread.run_sync, self._thread.join))
+        if late is not None:
+            raise late
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def append(self, run: int, number: int, event: Written) -> None:
         """Takes an event for the next batch.
@@ -294,39 +340,77 @@ class Writer:
         """Takes up a run as it is on disk, whatever was lost of it: when all of its events were taken."""
         self._lost.pop(run, None)
 
-    async def call(self, work: Callable[[sqlite3.Connection], T], *, reads: bool = False) -> T:
-        """Calls a function with the connection, after all events that were taken; gives its result.
-
-        It may write. What it raises undoes nothing, so it checks before it writes.
-
-        Args:
-            work: The function.
-            reads: Whether it only reads: who looks on must not keep other processes from writing.
+    async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Calls a function that reads with the connection, after all events that were taken.
 
         Raises:
             BaseException: What it raised.
             JournalError: SQLite refused what it asked; the batch could not be written; or this is
                 another event loop than that of the writer.
         """
-        return await self.call_together(lambda connection, _: [work(connection)], None, reads=reads)
+        batch, job = self._queue(lambda connection, _: [work(connection)], None, reads=True)
+        await self._loop.wait(batch, job)
+        return self._result(job)
 
-    async def call_together(
-        self, work: Work[Row, T], row: Row, *, reads: bool = False, shield: bool = False
-    ) -> T:
-        """Calls a function once for all of a batch who call it; gives the result for this row.
+    async def call_surely(
+        self,
+        work: Work[Row, T],
+        row: Row,
+        *,
+        together: bool = False,
+        first: bool = False,
+        shield: bool = False,
+    ) -> tuple[T, BaseException | None]:
+        """Calls a function that writes, after all events that were taken; waits for that, whatever comes.
 
-        Where that raises, it is called for each of them alone.
+        What it raises undoes nothing, so it checks before it writes.
 
         Args:
-            work: The function. For several rows it is one statement at most, which is carried out whole or
-                not at all; for one, it is as for `call`.
+            work: The function.
             row: What it is to be called with.
-            reads: Whether it only reads.
-            shield: Whether this waits until it is done, though somebody cancels it.
+            together: Whether it is called once for all of a batch who call it. Then, for several rows, it
+                is one statement at most, which is carried out whole or not at all. Where it raises, it is
+                called for each row alone.
+            first: Whether that comes before the other functions that are called so.
+            shield: Whether a cancellation of a scope is left for later.
+
+        Returns:
+            Its result for this row; and the interruption that came meanwhile, for the caller to raise.
 
         Raises:
             BaseException: As for `call`.
         """
+        batch, job = self._queue(work, row, together=together, first=first)
+        late: BaseException | None = None
+        try:
+            await (self._loop.wait_shielded if shield else self._loop.wait)(batch, job)
+        except (GeneratorExit, JournalError):
+            raise
+        except BaseException as error:
+            late = error
+            # Until then nobody else may begin anything with the run.
+            late = await surely(partial(self._over, batch, job)) or late
+        return self._result(job), late
+
+    async def _over(self, batch: _Batch, job: _Job[Any, Any]) -> None:
+        """Waits until a job is done that its caller has left."""
+        while job in batch.left:
+            assert batch.rest is not None
+            batch = batch.rest
+        if not batch.is_over:
+            await self._loop.wait_shielded(batch, job)
+        elif (error := self._error_of(batch, job)) is not None:
+            raise error
+
+    def _queue(
+        self,
+        work: Work[Row, T],
+        row: Row,
+        *,
+        reads: bool = False,
+        together: bool = False,
+        first: bool = False,
+    ) -> tuple[_Batch, _Job[Row, T]]:
         if not self._is_here():
             # Nobody would be woken here. All that is done with a run begins with such a call.
             raise JournalError(
@@ -335,12 +419,16 @@ class Writer:
             )
         job: _Job[Row, T] = _Job(row)
         with self._lock:
-            self._check_open()
+            if self._closing:
+                raise JournalError(f"{self._place} is closed")
             batch = self._next
-            batch.jobs.setdefault(work, []).append(job)
+            batch.add(work, job, may_grow=together, first=first)
+            # Who looks on must not keep other processes from writing.
             batch.reads = batch.reads and reads
             self._tell()
-        await (self._loop.wait_shielded(batch, job) if shield else self._loop.wait(batch, job))
+        return batch, job
+
+    def _result(self, job: _Job[Any, T]) -> T:
         if isinstance(job.error, sqlite3.Error):
             raise JournalError(f"{self._place} cannot do that: {job.error}") from job.error
         if job.error is not None:
@@ -356,12 +444,9 @@ class Writer:
     def _tell(self) -> None:
         """Tells the thread that there is work; called with the lock held."""
         if self._waits:
+            # In this order: where a KeyboardInterrupt comes between, it is told once too often.
+            self._wanted.put(None)
             self._waits = False
-            self._wanted.notify()
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise JournalError(f"{self._place} is closed")
 
     def _failure(self, cause: BaseException) -> JournalError:
         error = JournalError(
@@ -390,6 +475,7 @@ class Writer:
             else:
                 wake(waiter, None if well else self._error_of(batch, what))
         batch.waiting.clear()
+        batch.is_over = True
         for what in left:
             if isinstance(what, int) and batch_of[what] is batch:
                 assert batch.rest is not None
@@ -405,23 +491,35 @@ class Writer:
         except BaseException as error:
             failed = error
         while True:
-            with self._lock:
-                while not (self._next.events or self._next.jobs or self._closing):
-                    self._waits = True
-                    self._wanted.wait()
-                batch = self._take()
-            if not (batch.events or batch.jobs):
+            batch = self._wait_for_work()
+            if batch is None:
                 break
-            if connection is None:
+            if connection is None or failed is not None:
                 batch.error = failed
             else:
                 _write(connection, batch, self._texts(self._records(batch)))
+                if connection.in_transaction:
+                    # It cannot even be undone. What came next would be put into it, and be lost with it.
+                    connection.close()
+                    failed = batch.error
             if batch.error is not None:
+                batch.error.__traceback__ = None  # which holds what was to be written
                 for run in batch.events:
                     self._lost.setdefault(run, batch.error)
             self._wake(batch)
         if connection is not None:
             self._close(connection)
+
+    def _wait_for_work(self) -> _Batch | None:
+        """Gives what is to be written; None where there is nothing more."""
+        while True:
+            with self._lock:
+                if self._next.events or self._next.groups:
+                    return self._take()
+                if self._closing:
+                    return None
+                self._waits = True
+            self._wanted.get()
 
     def _take(self) -> _Batch:
         """Gives what is to be written now; called with the lock held.
@@ -429,13 +527,14 @@ class Writer:
         If all that is queued were written at once, all who wait would go on at once, and what they do next
         would be queued at once: the event loop and the disk would wait for each other in turn. So where
         more is queued than will come of what the event loop has been given back, half of both is taken.
-        Then it has the one half to go on with while the other is written.
+        Then it has the one half to go on with while the other is written. Jobs come after all events, so
+        they are left for later; but not twice, or they would be for as long as enough runs go on.
         """
         batch, self._next = self._next, _Batch()
         queued = batch.size()
         to_come = min(self._taken, max(self._under_way() - queued, 0))
         half = (queued + to_come + 1) // 2
-        if queued > max(half, FEW):
+        if queued > max(half, FEW) and not batch.was_left:
             batch.leave(half, self._next)
         self._taken = batch.size()
         return batch
@@ -483,42 +582,41 @@ class _Done(Awaitable[None]):
 _DONE = _Done()
 
 
-def _nothing(_: sqlite3.Connection) -> None:
+def _nothing(_: sqlite3.Connection, rows: list[None]) -> list[None]:
     """Fails where there is no connection."""
+    return rows
 
 
 def _write(connection: sqlite3.Connection, batch: _Batch, texts: list[str]) -> None:
     """Writes a batch whole, or not at all."""
     try:
         # One statement is a transaction by itself.
-        if len(texts) == 1 and not batch.jobs:
+        if len(texts) == 1 and not batch.groups:
             insert_all(connection, texts[0])
             return
-        if not texts and len(batch.jobs) == 1:
-            ((work, jobs),) = batch.jobs.items()
-            if len(jobs) > 1 and _do_at_once(connection, work, jobs):
+        if not texts and len(batch.groups) == 1:
+            (group,) = batch.groups
+            if len(group.jobs) > 1 and _do_at_once(connection, group):
                 return
         connection.execute("BEGIN" if batch.reads and not texts else "BEGIN IMMEDIATE")
-        try:
-            for text in texts:
-                insert_all(connection, text)
-            for work, jobs in batch.jobs.items():
-                _do(connection, work, jobs)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        for text in texts:
+            insert_all(connection, text)
+        for group in batch.groups:
+            _do(connection, group)
+        connection.execute("COMMIT")
     except BaseException as error:
         batch.error = error
+        if connection.in_transaction:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
 
 
-def _do(connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[Any, Any]]) -> None:
-    if len(jobs) > 1 and _do_at_once(connection, work, jobs):
+def _do(connection: sqlite3.Connection, group: _Group) -> None:
+    if len(group.jobs) > 1 and _do_at_once(connection, group):
         return
-    for job in jobs:
+    for job in group.jobs:
         try:
-            (job.result,) = work(connection, [job.row])
+            (job.result,) = group.work(connection, [job.row])
         except BaseException as error:
             if isinstance(error, sqlite3.Error) and not (
                 is_of_statement(error) and connection.in_transaction
@@ -527,16 +625,14 @@ def _do(connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[An
             job.error = error
 
 
-def _do_at_once(
-    connection: sqlite3.Connection, work: Work[Any, Any], jobs: list[_Job[Any, Any]]
-) -> bool:
+def _do_at_once(connection: sqlite3.Connection, group: _Group) -> bool:
     """Tells whether it could be done for all of them; if not, nothing is."""
     try:
-        results = work(connection, [job.row for job in jobs])
+        results = group.work(connection, [job.row for job in group.jobs])
     except Exception as error:
         if isinstance(error, sqlite3.Error) and not is_of_statement(error):
             raise
         return False
-    for job, result in zip(jobs, results, strict=True):
+    for job, result in zip(group.jobs, results, strict=True):
         job.result = result
     return True
