@@ -968,6 +968,20 @@ async def test_d6_a_beginning_that_is_cancelled_natively_is_in_hand_until_it_is_
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_a_release_is_waited_for_though_it_is_cancelled_natively(path):
+    """Or nobody would know whether it is owed still (D6)."""
+    async with SQLiteJournal(path) as journal:
+        claim = await journal._claim("r", "s", None, b"[[],{}]", 0.0, create=True)
+        async with thread_held(journal):
+            release = asyncio.ensure_future(journal._release(claim.key))
+            await cancelled_twice(release)
+        with pytest.raises(asyncio.CancelledError):
+            await release
+
+        assert (journal._owed, read(path, "SELECT owner FROM runs")) == ({}, [None])
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 async def test_d6_retry_and_prune_are_waited_for_though_they_are_cancelled_natively(path):
     """What they write is written when they end, and the cancellation comes after (D6)."""
     shop = Shop()
@@ -1569,8 +1583,7 @@ async def test_d8_a_release_of_sqlite_that_is_too_old_is_refused(path, monkeypat
     with pytest.raises(
         JournalError, match="it needs SQLite 3.33.0 or newer, and this Python has 3.32.3"
     ):
-        async with SQLiteJournal(path):
-            pass
+        await SQLiteJournal(path).__aenter__()
     assert not path.exists()
 
 
@@ -1845,7 +1858,8 @@ async def test_a_journal_that_is_not_open_cannot_be_used(path):
     assert shop.log == []
 
 
-def test_a_journal_of_another_event_loop_is_refused(path, anyio_backend):
+@pytest.mark.parametrize("other", ["asyncio", "trio"])
+def test_a_journal_of_another_event_loop_is_refused(path, anyio_backend, other):
     """Used in another event loop than that in which it was opened, a journal says so; it can be closed."""
     backend, options = anyio_backend
     shop = Shop()
@@ -1860,7 +1874,7 @@ def test_a_journal_of_another_event_loop_is_refused(path, anyio_backend):
             await journal.__aexit__(None, None, None)
 
     anyio.run(journal.__aenter__, backend=backend, backend_options=options)
-    anyio.run(use, backend=backend, backend_options=options)
+    anyio.run(use, backend=other)
     assert (shop.log, owner_files(path)) == ([], [])
 
 

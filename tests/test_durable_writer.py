@@ -711,7 +711,7 @@ async def test_a_call_that_is_shielded_ends_though_its_scope_is_cancelled(disk):
     async def call() -> None:
         results.append(await write_together(writer, insert_all_of, 5, shield=True))
         await anyio.lowlevel.checkpoint()
-        results.append(None)
+        results.append(None)  # pragma: no cover - it is cancelled
 
     async with running(disk) as writer:
         async with create_task_group() as tasks:
@@ -1021,7 +1021,7 @@ class Rude:
 async def test_a_keyboard_interrupt_does_not_keep_the_thread_from_being_told(disk, when):
     """Wherever Ctrl-C comes while it is told of work, who comes next tells it."""
     async with running(disk) as writer:
-        while not writer._waits:
+        while not writer._waits:  # pragma: no cover - it may wait already
             await anyio.sleep(0)
         writer._wanted = Rude(writer._wanted, when)
         with pytest.raises(KeyboardInterrupt):

@@ -288,10 +288,14 @@ class SQLiteJournal(Journal):
         wanted = _Wanted(run_id, saga, version, args, now)
         if self._owed:
             await self._pay()
+
+        def find(connection: sqlite3.Connection, _: object) -> list[Claim]:
+            return [self._find(connection, wanted)]
+
         if create:
             claim, late = await writer.call_surely(self._begin, wanted, together=True)
         else:
-            claim, late = await writer.call_surely(lambda *of: [self._find(of[0], wanted)], wanted)
+            claim, late = await writer.call_surely(find, wanted)
         if claim.ending is None:
             self._strike_off(claim.key)  # it was let go first
             if late is not None:

@@ -277,8 +277,13 @@ class Writer:
         with self._lock:
             self._closing = True
             self._tell()
+
+        async def join() -> None:
+            await anyio.to_thread.run_sync(self._thread.join)
+
+        late: BaseException | None = None
         with anyio.CancelScope(shield=True):
-            late = await surely(partial(anyio.to_thread.run_sync, self._thread.join))
+            late = await surely(join)
         if late is not None:
             raise late
 
