@@ -153,6 +153,9 @@ class Journal(Storage):
         nothing: it gives the recorded outcome, or raises the recorded error, as the first did; for
         a run whose process has died meanwhile it does what `recover` would.
 
+        A cancellation that comes while the beginning or the end of the run is being written goes on when
+        that is done, as only then is it known what stands in the journal: on a slow disk it waits for that.
+
         Args:
             saga: The saga.
             *args: What it is called with.
