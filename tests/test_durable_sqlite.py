@@ -968,6 +968,124 @@ async def test_d6_a_beginning_that_is_cancelled_natively_is_in_hand_until_it_is_
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d6_a_cancellation_goes_over_what_a_call_is_refused_for(path):
+    """Whose call is cancelled while it is compared with the first one is cancelled, and gets no outcome (D1)."""
+
+    async def act(a: int, b: int) -> None:
+        pass
+
+    whole = Saga([Step(act)], name="s")
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, a=1, b=2, run_id="r")
+        async with thread_held(journal):
+            again = asyncio.ensure_future(journal.run(whole, b=2, a=1, run_id="r"))
+            await cancelled_twice(again)
+        with pytest.raises(asyncio.CancelledError):
+            await again
+        assert (await journal.run(whole, b=2, a=1, run_id="r")).state is SagaState.COMPLETED
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d8_a_commit_that_all_tasks_are_cancelled_in_is_waited_for(path):
+    """Who cancels all tasks there are cancels those that wait for it too; it is not taken for failed (D8, G14)."""
+    others = asyncio.all_tasks()
+    shop = Shop()
+    at_work, go = threading.Event(), threading.Event()
+    async with SQLiteJournal(path) as journal:
+        encode = journal._open()._encode
+
+        def slow(records: Any) -> str:
+            if any(kind == "committed" for events in records.values() for kind, *_ in events):
+                at_work.set()
+                assert go.wait(ENOUGH)
+            return encode(records)
+
+        journal._open()._encode = slow
+        whole = Saga([shop.step("a"), Commit(), shop.step("b")], name="s")
+        run = asyncio.ensure_future(journal.run(whole, run_id="r"))
+        assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
+        for _ in range(2):
+            await wait_all_tasks_blocked()
+            for task in asyncio.all_tasks() - others:
+                task.cancel()
+        await wait_all_tasks_blocked()
+        assert not run.done()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    assert shop.there == {"a"}
+    assert ("compensating", "a") not in kinds(path)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d8_what_is_owed_anew_is_not_struck_off_with_what_was_owed_before(path):
+    """A run that was taken up and let go again, while its first letting go was tried, is owed still (D8)."""
+    async with SQLiteJournal(path) as journal:
+        claim = await journal._claim("r", "s", None, b"[[],{}]", 0.0, create=True)
+        async with thread_held(journal):
+            release = asyncio.ensure_future(journal._release(claim.key))
+            await wait_all_tasks_blocked()
+            anew = journal._tried[claim.key]._replace(record="[]")
+            journal._strike_off(claim.key)
+            journal._tried[claim.key] = anew
+        await release
+        assert journal._tried == {claim.key: anew}
+        del journal._tried[claim.key]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_d8_a_cancellation_goes_over_a_journal_that_fails(path, fails):
+    """Where both come at once the run is let go as after any failure, and the cancellation goes on (D8, G8)."""
+    shop = Shop()
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await go.wait()
+        if fails:
+            raise Boom("wait")
+
+    whole = Saga([shop.step("a"), Step(wait)], name="s", exceptions=Boom)
+
+    def full(_: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    async with SQLiteJournal(path) as journal:
+        task = asyncio.ensure_future(journal.run(whole, run_id="r"))
+        await begun.wait()
+        async with thread_held(journal):
+            lost = asyncio.ensure_future(on_connection(journal, full))
+            go.set()
+            await cancelled_twice(task)
+        with pytest.raises(JournalError, match="disk is full"):
+            await lost
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert read(path, "SELECT state, owner FROM runs") == [("running", None)]
+        assert kinds(path)[-1] == ("interrupted", "s")
+    assert shop.there == set()
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d8_a_later_rollback_that_is_refused_and_cancelled_takes_nothing_back(path):
+    """Where a run cannot be opened again, nothing of it is taken back, though a cancellation tells so (D8)."""
+    shop = Shop()
+
+    async def refuse(*_: object) -> None:
+        raise asyncio.CancelledError from JournalError("refused")
+
+    async with SQLiteJournal(path) as journal:
+        outcome = await journal.run(abc(shop), run_id="r")
+        journal._reopen = refuse
+        with pytest.raises(asyncio.CancelledError):
+            await outcome.rollback()
+    assert shop.there == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 async def test_d6_a_release_is_waited_for_though_it_is_cancelled_natively(path):
     """Or nobody would know whether it is owed still (D6)."""
     async with SQLiteJournal(path) as journal:

@@ -52,7 +52,6 @@ from ._recalled import (
     taken_back,
 )
 from ._storage import Claim, Ending, RunGone, Storage, Stored
-from ._surely import surely
 
 __all__ = ["Journal", "OnCrash", "Recovered", "RecoveryReport"]
 
@@ -574,7 +573,15 @@ class Journal(Storage):
 
     async def _open_again(self, key: int) -> BaseException | None:
         """Takes a completed run into hand; gives a cancellation that came meanwhile, for later."""
-        return await surely(partial(self._reopen, key, RunState.COMPLETED))
+        try:
+            await self._reopen(key, RunState.COMPLETED)
+        except Exception:
+            raise
+        except BaseException as late:
+            if isinstance(late, GeneratorExit) or late.__cause__ is not None:
+                raise
+            return late
+        return None
 
     async def _take_back_recalled(
         self,
@@ -616,7 +623,11 @@ class Journal(Storage):
         recorded = None if error is None else encode_error(error)
         try:
             await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
-        except JournalError as failure:
+        except BaseException as raised:
+            # An interruption that came meanwhile goes over the failure.
+            failure = raised if isinstance(raised, JournalError) else raised.__cause__
+            if not isinstance(failure, JournalError):
+                raise
             middleware.recorder.broken = failure
             interruption = _interruption(middleware)
             try:
@@ -625,7 +636,7 @@ class Journal(Storage):
                         await outcome.rollback()
             finally:
                 await self._release(claim.key, interruption)
-            if error is None or isinstance(error, Exception):
+            if error is None or isinstance(error, Exception) or raised is not failure:
                 raise
 
 

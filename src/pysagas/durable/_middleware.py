@@ -313,8 +313,7 @@ class RunMiddleware:
         if not await self.replay.meet(effect):
             await self.replay.go_forward(effect)
             self.recorder.append(EventKind.COMMITTED, effect.path, effect.name)
-            # Not cut off, as a commit of which only the journal knows would be a lie. And not asked for
-            # again: by then the journal may be closed, or what others wrote later be lost.
+            # Not cut off, as a commit of which only the journal knows would be a lie.
             late = await surely(self._flush)
         self.committed = True
         result = await call_next()

@@ -348,7 +348,8 @@ class SQLiteJournal(Journal):
             )
         if owner not in (None, self._owner) and self._is_alive(connection, owner):
             raise RunInProgress(f"run {run_id!r} is under way in another process, which lives")
-        owed = self._owed.get(key) or self._tried.get(key)
+        # Asked again last: it may just have been put back.
+        owed = self._owed.get(key) or self._tried.get(key) or self._owed.get(key)
         if owed is not None:
             _let_go_of(connection, owed)
         connection.execute("UPDATE runs SET owner = ? WHERE id = ?", (self._owner, key))
@@ -377,9 +378,11 @@ class SQLiteJournal(Journal):
             JournalError: It is not possible; then it is owed still.
         """
         writer = self._open()
-        tried, self._owed = self._owed, {}
+        # The thread, which looks for a run here and there, has to find it in one of the two.
+        tried = dict(self._owed)
         self._tried |= tried
-        settled: list[int] = []
+        self._owed.clear()
+        settled: set[int] = set()
         try:
             settled, late = await writer.call_surely(
                 lambda connection, _: [self._settle(connection, tried.values(), in_hand)],
@@ -387,19 +390,20 @@ class SQLiteJournal(Journal):
                 shield=True,
             )
         finally:
-            for key in settled:
-                writer.forget(key)  # not before: what is queued of it still comes after a gap
-                self._strike_off(key)
             for key, owed in tried.items():
+                # It may have been taken up meanwhile, and be owed anew.
                 if self._tried.get(key) is owed:
+                    if key in settled:
+                        writer.forget(key)  # not before: what is queued of it still comes after a gap
+                    else:
+                        self._owed.setdefault(key, owed)
                     del self._tried[key]
-                    self._owed.setdefault(key, owed)
         if late is not None:
             raise late
 
     def _settle(
         self, connection: sqlite3.Connection, owed: Iterable[_Owed], in_hand: int | None = None
-    ) -> list[int]:
+    ) -> set[int]:
         """Lets go of runs; on the writer's thread.
 
         Not of those that were taken into hand again meanwhile: whoever did that has let them go first.
@@ -412,14 +416,14 @@ class SQLiteJournal(Journal):
         Returns:
             The keys of those that have been let go. They are struck off when that is on disk, and not before.
         """
-        settled: list[int] = []
+        settled: set[int] = set()
         for one in owed:
             if one.key != in_hand:
                 row = connection.execute("SELECT run_id FROM runs WHERE id = ?", (one.key,)).fetchone()
                 if row is not None and row[0] in self._in_hand:
                     continue
             _let_go_of(connection, one)
-            settled.append(one.key)
+            settled.add(one.key)
         return settled
 
     def _strike_off(self, key: int) -> None:

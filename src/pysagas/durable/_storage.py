@@ -134,11 +134,17 @@ class Storage(ABC):
 
     @abstractmethod
     async def _end(self, key: int, ending: Ending) -> None:
-        """Records how a run ended, after all that was appended; no cancellation of a scope cuts that off."""
+        """Records how a run ended, after all that was appended.
+
+        No cancellation of a scope cuts that off. Any other interruption is raised when it is recorded; where
+        it could not be, with the JournalError as its cause.
+        """
 
     @abstractmethod
     async def _reopen(self, key: int, was: RunState) -> None:
         """Takes into hand a run that had ended so.
+
+        An interruption is raised when that is done; where it could not be, with the error as its cause.
 
         Raises:
             RunInProgress: Somebody else has done so.

@@ -9,34 +9,63 @@ import anyio
 __all__ = ["surely"]
 
 
-async def surely(work: Callable[[], Awaitable[object]]) -> BaseException | None:
-    """Calls a function and waits until it has ended, whatever cancels its caller.
+async def surely(wait: Callable[[], Awaitable[object]]) -> BaseException | None:
+    """Waits for what is done elsewhere until that is over, whatever cancels its caller.
 
-    It runs in a task of its own, which a native cancellation of this one (`asyncio.Task.cancel`, which no
-    shield keeps away) does not cut off.
+    It waits in a task of its own, which a native cancellation of this one (`asyncio.Task.cancel`, which no
+    shield keeps away) does not cut off. Where that task is cancelled too, as by who cancels all there are,
+    another one waits.
+
+    Args:
+        wait: Called again where it was cut off.
 
     Returns:
-        The cancellation that came meanwhile, for its caller to raise when it may.
+        The interruption that came meanwhile, a cancellation or KeyboardInterrupt, for its caller to raise
+        when it may. A scope that was cancelled is noticed afterwards.
 
     Raises:
-        BaseException: What the function raised.
+        BaseException: What the function raised; where an interruption came too, that, with the other as its
+            cause.
     """
     failure: BaseException | None = None
+    late: BaseException | None = None
+    is_over = False
 
-    async def shielded() -> None:
-        nonlocal failure
+    async def waited(told: anyio.Event) -> None:
+        nonlocal failure, late, is_over
         try:
             with anyio.CancelScope(shield=True):
-                await work()
+                await wait()
+            is_over = True
+        except anyio.get_cancelled_exc_class() as error:
+            late = error
         except BaseException as error:
             failure = error
+            is_over = True
+        finally:
+            told.set()
 
-    late: BaseException | None = None
+    while not is_over:
+        told = anyio.Event()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.cancel_scope.shield = True
+                tasks.start_soon(waited, told)
+                while not told.is_set():
+                    try:
+                        await told.wait()
+                    except BaseException as error:
+                        # The group cancels itself where its task was cancelled before it had begun.
+                        if isinstance(error, GeneratorExit) or tasks.cancel_scope.cancel_called:
+                            raise
+                        late = error
+        except BaseException as error:
+            late = error
+    if failure is None:
+        return late
     try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(shielded)
-    except anyio.get_cancelled_exc_class() as error:
-        late = error
-    if failure is not None:
-        raise failure
-    return late
+        if late is None:
+            raise failure
+        raise late from failure
+    finally:
+        del failure, late

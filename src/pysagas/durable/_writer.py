@@ -210,7 +210,11 @@ class _Batch:
             self.groups = [_Group(work, jobs[:size], may_grow)]
             rest.groups = [_Group(work, jobs[size:], may_grow)]
         else:
-            rest.events.update({run: self.events.pop(run) for run in list(self.events)[size:]})
+            for run in list(self.events)[size:]:
+                number, events = self.events.pop(run)
+                # A run that is collected just now may have recorded something there already.
+                _, later = rest.events.get(run, (0, []))
+                rest.events[run] = number, events + later
             self.groups, rest.groups = [], self.groups
         self.left.update(rest.events, *(group.jobs for group in rest.groups))
         rest.was_left = bool(rest.groups)
@@ -383,19 +387,25 @@ class Writer:
             Its result for this row; and the interruption that came meanwhile, for the caller to raise.
 
         Raises:
-            BaseException: As for `call`.
+            BaseException: As for `call`; or, over that, the interruption that came meanwhile, with the other
+                as its cause.
         """
         batch, job = self._queue(work, row, together=together, first=first)
         late: BaseException | None = None
         try:
-            await (self._loop.wait_shielded if shield else self._loop.wait)(batch, job)
-        except (GeneratorExit, JournalError):
-            raise
-        except BaseException as error:
-            late = error
-            # Until then nobody else may begin anything with the run.
-            late = await surely(partial(self._over, batch, job)) or late
-        return self._result(job), late
+            try:
+                await (self._loop.wait_shielded if shield else self._loop.wait)(batch, job)
+            except (GeneratorExit, JournalError):
+                raise
+            except BaseException as error:
+                late = error
+                # Until then nobody else may begin anything with the run.
+                late = await surely(partial(self._over, batch, job)) or late
+            return self._result(job), late
+        except Exception as error:
+            if late is None:
+                raise
+            raise late from error
 
     async def _over(self, batch: _Batch, job: _Job[Any, Any]) -> None:
         """Waits until a job is done that its caller has left."""
@@ -470,7 +480,7 @@ class Writer:
         """Wakes all who wait for a batch; but for what was left to another one they go on waiting."""
         batch_of, left, wake = self._batch_of, batch.left, self._loop.wake
         for run in batch.events:
-            if batch_of[run] is batch:
+            if batch_of.get(run) is batch:
                 del batch_of[run]
         well = batch.error is None and not self._lost
         for waiter, what in batch.waiting.items():
