@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,13 @@ Use: ``@pytest.mark.parametrize("anyio_backend", WITHOUT_DEBUG, indirect=True)``
 @pytest.fixture(params=BACKENDS)
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Collects what a test leaves behind as part of it: what is said then is not said in another one."""
+    yield
+    gc.collect()
 
 
 ASYNCIO = [parameter for parameter in BACKENDS if parameter.values[0][0] == "asyncio"]

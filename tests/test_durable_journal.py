@@ -273,7 +273,9 @@ async def test_d8_a_later_rollback_that_is_cancelled_as_it_begins_is_carried_out
     reopen = journal._reopen
 
     async def cancelled(*args: Any) -> None:
-        task.cancel()
+        current = asyncio.current_task()
+        assert current is not None
+        current.cancel()
         await reopen(*args)
 
     journal._reopen = cancelled

@@ -986,6 +986,8 @@ async def test_d6_a_cancellation_goes_over_what_a_call_is_refused_for(path):
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.usefixtures("collected")
 async def test_d8_a_commit_that_all_tasks_are_cancelled_in_is_waited_for(path):
     """Who cancels all tasks there are cancels those that wait for it too; it is not taken for failed (D8, G14)."""
     others = asyncio.all_tasks()
