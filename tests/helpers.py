@@ -24,6 +24,10 @@ from pysagas import Outcome, Parallel, Saga, SagaScope, Step, open_saga, saga
 
 Script = Callable[[], Awaitable[object]] | BaseException | None
 
+# Of a task that is cancelled before its first line asyncio throws away what it was to run, and so does AnyIO:
+# which is said when it is collected.
+never_awaited = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
 TRIO = [parameter for parameter in BACKENDS if parameter.values[0][0] == "trio"]
 
 

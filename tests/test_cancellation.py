@@ -47,6 +47,7 @@ from helpers import (
     every_way,
     interrupted,
     leaf_errors,
+    never_awaited,
     rounds,
     states,
 )
@@ -70,7 +71,6 @@ on_trio_only = pytest.mark.parametrize("anyio_backend", TRIO, indirect=True)
 
 # AnyIO wraps the coroutine of a task in another one: cancelled before its first line, the inner one is
 # left behind, and Python says so.
-never_awaited = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
 for _backend in ASYNCIO:

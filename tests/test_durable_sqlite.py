@@ -21,6 +21,7 @@ import anyio
 import pytest
 from anyio import create_task_group, fail_after, wait_all_tasks_blocked
 from conftest import ASYNCIO
+from helpers import never_awaited
 from histories import make_writable
 from mortal import Boom, Shop
 
@@ -914,6 +915,22 @@ async def thread_held(journal: SQLiteJournal) -> AsyncIterator[None]:
         await holding
 
 
+def held_at_a_commit(journal: SQLiteJournal) -> tuple[threading.Event, threading.Event]:
+    """Stops the thread before it writes the commit of a saga; gives when it is there, and lets it go on."""
+    at_work, go = threading.Event(), threading.Event()
+    writer = journal._open()
+    encode = writer._encode
+
+    def slow(records: Any) -> str:
+        if any(kind == "committed" for events in records.values() for kind, *_ in events):
+            at_work.set()
+            assert go.wait(ENOUGH)
+        return encode(records)
+
+    writer._encode = slow
+    return at_work, go
+
+
 async def cancelled_twice(task: asyncio.Future[Any]) -> None:
     """Cancels a task natively, and again when it has dealt with that; it goes on all the same."""
     for _ in range(2):
@@ -986,23 +1003,14 @@ async def test_d6_a_cancellation_goes_over_what_a_call_is_refused_for(path):
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@never_awaited
 @pytest.mark.usefixtures("collected")
 async def test_d8_a_commit_that_all_tasks_are_cancelled_in_is_waited_for(path):
     """Who cancels all tasks there are cancels those that wait for it too; it is not taken for failed (D8, G14)."""
     others = asyncio.all_tasks()
     shop = Shop()
-    at_work, go = threading.Event(), threading.Event()
     async with SQLiteJournal(path) as journal:
-        encode = journal._open()._encode
-
-        def slow(records: Any) -> str:
-            if any(kind == "committed" for events in records.values() for kind, *_ in events):
-                at_work.set()
-                assert go.wait(ENOUGH)
-            return encode(records)
-
-        journal._open()._encode = slow
+        at_work, go = held_at_a_commit(journal)
         whole = Saga([shop.step("a"), Commit(), shop.step("b")], name="s")
         run = asyncio.ensure_future(journal.run(whole, run_id="r"))
         assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
@@ -1630,18 +1638,9 @@ async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(pa
     """A native cancellation does not make a commit be asked for again, when it may look as if it had failed (D8, G14)."""
     shop = Shop()
     whole = Saga([shop.step("a"), Commit(), shop.step("c")], name="s")
-    at_work, go = threading.Event(), threading.Event()
     journal = SQLiteJournal(path)
     await journal.__aenter__()
-    writer = journal._writer
-    assert writer is not None
-    encode = writer._encode
-
-    def slow(records: Any) -> str:
-        if any(kind == "committed" for events in records.values() for kind, *_ in events):
-            at_work.set()
-            assert go.wait(ENOUGH)
-        return encode(records)
+    at_work, go = held_at_a_commit(journal)
 
     def full(_: sqlite3.Connection) -> None:
         raise sqlite3.OperationalError("database or disk is full")
@@ -1650,7 +1649,6 @@ async def test_d8_a_cancellation_while_a_commit_is_written_takes_nothing_back(pa
         with pytest.raises(JournalError, match="disk is full"):
             await on_connection(journal, full)
 
-    writer._encode = slow
     run = asyncio.ensure_future(journal.run(whole, run_id="r"))
     assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
     closed = how == "the journal is closed"

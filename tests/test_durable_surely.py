@@ -10,12 +10,10 @@ import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
 from conftest import ASYNCIO
+from helpers import never_awaited
 
 from pysagas.durable._surely import surely
 
-# Of a task that is cancelled before its first line asyncio throws away what it was to run, and so does AnyIO:
-# which is said when it is collected.
-never_awaited = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 pytestmark = [pytest.mark.anyio, never_awaited, pytest.mark.usefixtures("collected")]
 
 on_asyncio_only = pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)

@@ -588,44 +588,46 @@ async def test_what_is_called_together_passes_nothing_that_stands_alone(disk):
     assert calls == ["end [1]", "begin [0, 2]", "alone [3]", "end [5, 6]", "begin [4]"]
 
 
-@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
-@pytest.mark.parametrize("shield", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-async def test_a_call_is_waited_for_though_its_task_is_cancelled_natively_twice(disk, shield, fails):
-    """Only then is it known what is on disk: its result, and the cancellation besides; or that over its error."""
-
+def fail_or_insert(fails: bool) -> Any:  # noqa: FBT001
     def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
         if fails:
             raise sqlite3.OperationalError("disk I/O error")
         return insert_all_of(connection, rows)
 
+    return put
+
+
+async def knows_how_it_ended(call: asyncio.Future[Any], *, fails: bool) -> None:
+    """A call of 5 that was cancelled natively has its result besides, or its error as the cause."""
+    if fails:
+        with pytest.raises(asyncio.CancelledError) as info:
+            await call
+        assert "disk I/O error" in str(info.value.__cause__)
+    else:
+        result, late = await call
+        assert (result, type(late)) == (5, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+@pytest.mark.parametrize("shield", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_call_is_waited_for_though_its_task_is_cancelled_natively_twice(disk, shield, fails):
+    """Only then is it known what is on disk: its result, and the cancellation besides; or that over its error."""
     async with running(disk) as writer:
         async with busy(writer):
-            call = asyncio.ensure_future(writer.call_surely(put, 5, shield=shield))
+            call = asyncio.ensure_future(writer.call_surely(fail_or_insert(fails), 5, shield=shield))
             for _ in range(2):
                 await wait_all_tasks_blocked()
                 call.cancel()
             await wait_all_tasks_blocked()
             assert not call.done()
-        if fails:
-            with pytest.raises(asyncio.CancelledError) as info:
-                await call
-            assert "disk I/O error" in str(info.value.__cause__)
-        else:
-            result, late = await call
-            assert (result, type(late)) == (5, asyncio.CancelledError)
+        await knows_how_it_ended(call, fails=fails)
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_cancellation_that_comes_with_the_end_of_a_call_finds_it_over(disk, fails):
     """Cancelled natively in the moment in which its batch is told of, it knows how that ended."""
-
-    def put(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
-        if fails:
-            raise sqlite3.OperationalError("disk I/O error")
-        return insert_all_of(connection, rows)
-
     async with running(disk) as writer:
         finish = writer._finish
 
@@ -634,14 +636,8 @@ async def test_a_cancellation_that_comes_with_the_end_of_a_call_finds_it_over(di
             finish(batch)
 
         writer._finish = cancel_and_finish
-        call = asyncio.ensure_future(writer.call_surely(put, 5))
-        if fails:
-            with pytest.raises(asyncio.CancelledError) as info:
-                await call
-            assert "disk I/O error" in str(info.value.__cause__)
-        else:
-            result, late = await call
-            assert (result, type(late)) == (5, asyncio.CancelledError)
+        call = asyncio.ensure_future(writer.call_surely(fail_or_insert(fails), 5))
+        await knows_how_it_ended(call, fails=fails)
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)

@@ -34,6 +34,7 @@ from helpers import (
     cancel_other_tasks,
     checked_world,
     leaf_errors,
+    never_awaited,
     nothing,
     rounds,
     states,
@@ -65,7 +66,6 @@ from pysagas import (
 pytestmark = pytest.mark.anyio
 
 on_asyncio_only = pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
-never_awaited = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 world = pytest.fixture(checked_world)
 

@@ -12,7 +12,7 @@ import trio
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, sleep_forever
 from anyio.lowlevel import checkpoint
 from conftest import ASYNCIO
-from helpers import AnyIOScope, Boom, Interruption, all_blocked, every_way, rounds
+from helpers import AnyIOScope, Boom, Interruption, all_blocked, every_way, never_awaited, rounds
 
 from pysagas._shelter import call_sheltered, shelter, weightiest
 
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.anyio
 
 on_asyncio_only = pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 
-never_awaited = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 BOOM, OTHER, INTERRUPT, EXIT = Boom(), Boom(), KeyboardInterrupt(), SystemExit()
 

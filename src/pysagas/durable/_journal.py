@@ -575,11 +575,9 @@ class Journal(Storage):
         """Takes a completed run into hand; gives a cancellation that came meanwhile, for later."""
         try:
             await self._reopen(key, RunState.COMPLETED)
-        except Exception:
-            raise
         except BaseException as late:
-            if isinstance(late, GeneratorExit) or late.__cause__ is not None:
-                raise
+            if isinstance(late, Exception | GeneratorExit) or late.__cause__ is not None:
+                raise  # it could not be done
             return late
         return None
 
