@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_module_runs_as_a_program(monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted(Path(_demo.__file__).parent.glob("*.py")), ids=lambda p: p.stem)
 def test_module_imports_only_the_core(path):
-    """The demo needs anyio and the standard library, and of pysagas the public names only."""
+    """The demo needs anyio, the standard library, rich for its tree, and public names of pysagas."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -146,7 +147,7 @@ def test_module_imports_only_the_core(path):
             assert (path.parent / f"{node.module}.py").exists()
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
-    assert imported - {"anyio"} <= sys.stdlib_module_names
+    assert imported - {"anyio", "rich"} <= sys.stdlib_module_names
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -833,6 +834,21 @@ def test_a_process_that_kills_itself_leaves_a_cursor(tmp_path):
     assert screen.display[4].startswith("Killed: the work of charge-account is done")
     assert screen.display[8].rstrip().endswith("--look")
     assert (screen.cursor.y, screen.cursor.x) == (9, 0)
+
+
+def test_nothing_is_drawn_below_the_tree(monkeypatch, tmp_path):
+    """From the last words of a process that kills itself on, no thread can draw the tree over them."""
+    taken = []
+
+    def see_whether_it_is_taken(*_):
+        with ThreadPoolExecutor() as another_thread:
+            taken.append(not another_thread.submit(_order.DRAWING.acquire, blocking=False).result())
+
+    monkeypatch.setattr(os, "kill", see_whether_it_is_taken)
+    _order.be_killed(SimpleNamespace(journal=tmp_path / "sagas.db"), "confirm")
+    assert taken == [True]
+    _order.Terminal(SimpleNamespace(write=see_whether_it_is_taken)).write("the tree")
+    assert taken == [True, True]
 
 
 def test_the_tree_is_drawn_on_what_stdout_is(monkeypatch, capsys):

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from threading import RLock
+from typing import Any, TextIO, cast
 
 import anyio
 
@@ -187,15 +188,16 @@ def step(
 
 def be_killed(shop: Shop, name: str) -> None:
     """Kills this process, as ``kill -9`` does: no exception, no compensation, no last word after it."""
-    # Past the tree on a terminal, which has no time to write what is printed.
+    # Below the tree on a terminal, of which the last line is not ended; above it lines are wrapped.
     is_terminal = sys.stdout.isatty()
     out = sys.__stdout__ if is_terminal else sys.stdout
-    print("\n" if is_terminal else "", file=out)
-    print(f"Killed: the work of {name} is done, and that is not recorded. Now try:\n", file=out)
-    print(f"  pysagas list --journal {shop.journal}", file=out)
-    print(f"  pysagas recover --journal {shop.journal} --app pysagas.demo:app", file=out)
-    print(f"  pysagas demo --journal {shop.journal} --look", file=out, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    with DRAWING:
+        print("\n" if is_terminal else "", file=out)
+        print(f"Killed: the work of {name} is done, and that is not recorded. Now try:\n", file=out)
+        print(f"  pysagas list --journal {shop.journal}", file=out)
+        print(f"  pysagas recover --journal {shop.journal} --app pysagas.demo:app", file=out)
+        print(f"  pysagas demo --journal {shop.journal} --look", file=out, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 RESERVE = step("reserve-stock", reserve_stock, release_stock, not_applied=REFUSED)
@@ -277,10 +279,31 @@ WORDS = {
 def progress() -> Middleware:
     """Makes the middleware that shows each effect as it happens: a tree, if there is a terminal."""
     if sys.stdout.isatty() and find_spec("rich") is not None:
+        from rich.console import Console  # noqa: PLC0415 - an extra
+
         from pysagas.observe.progress import show_progress  # noqa: PLC0415 - needs the extra
 
-        return show_progress()
+        return show_progress(Console(file=cast("TextIO", Terminal(sys.stdout))))
     return lines()
+
+
+# Held while the tree is drawn, which a thread does, and by who writes below it: drawn once more, the
+# tree would be drawn over that.
+DRAWING = RLock()
+
+
+class Terminal:
+    """What the tree is drawn on."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with DRAWING:
+            return self._file.write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
 
 
 def lines() -> Middleware:
