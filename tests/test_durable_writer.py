@@ -74,9 +74,10 @@ class Disk:
         return commits
 
     def numbers(self) -> list[int]:
+        """Which events there are, in the order in which they were written."""
         with closing(sqlite3.connect(self.path)) as connection:
-            records = connection.execute("SELECT seq, events FROM records ORDER BY rowid")
-            return [seq + index for seq, events in records for index in range(len(json.loads(events)))]
+            records = connection.execute("SELECT events FROM records ORDER BY rowid")
+            return [number for (events,) in records for _, (number,), *_ in json.loads(events)]
 
     def records(self) -> int:
         """How many rows there are."""
@@ -125,7 +126,9 @@ async def busy(writer: Writer) -> AsyncIterator[None]:
 REMEDY = "when that is mended, recover() goes on from what it holds"
 
 
-EVENT: Any = ("started", (0,), "a", 0.0)
+def event(number: int) -> Any:
+    """An event that is known again."""
+    return ("started", (number,), "a", 0.0)
 
 
 def encode(records: object) -> str:
@@ -149,7 +152,7 @@ async def write_together(writer: Writer, work: Any, row: int, **options: bool) -
 async def submit(
     writer: Writer, number: int, errors: list[JournalError] | None = None, run: int = 1
 ) -> None:
-    writer.append(run, number, EVENT)
+    writer.append(run, event(number))
     try:
         await writer.flush(run)
     except JournalError as error:
@@ -158,7 +161,7 @@ async def submit(
 
 
 def insert(connection: sqlite3.Connection, number: int) -> int:
-    connection.execute("INSERT INTO records VALUES (1, ?, ?)", (number, encode([EVENT])))
+    connection.execute("INSERT INTO records VALUES (1, ?, ?)", (number, encode([event(number)])))
     return number
 
 
@@ -171,7 +174,7 @@ async def test_d7_what_comes_while_a_batch_is_written_is_the_next_batch(disk):
         async with create_task_group() as tasks:
             async with busy(writer):
                 for number in range(50):
-                    writer.append(1, number, EVENT)
+                    writer.append(1, event(number))
                     tasks.start_soon(flush, writer, 1)
                 await wait_all_tasks_blocked()
                 assert disk.numbers() == []
@@ -242,8 +245,8 @@ async def test_a_job_comes_after_the_rows_that_were_taken_before_it(disk):
         return connection.execute("SELECT sum(json_array_length(events)) FROM records").fetchone()
 
     async with running(disk) as writer:
-        writer.append(1, 0, EVENT)
-        writer.append(1, 1, EVENT)
+        writer.append(1, event(0))
+        writer.append(1, event(1))
         assert await writer.call(count) == (2,)
         assert await write(writer, partial(insert, number=2)) == 2
         assert disk.numbers() == [0, 1, 2]
@@ -263,13 +266,36 @@ async def test_d7_what_a_batch_has_of_a_run_is_one_record(disk):
     async with running(disk) as writer:
         async with busy(writer):
             for number in range(4):
-                writer.append(1, number, EVENT)
-                writer.append(2, number + 10, EVENT)
+                writer.append(1, event(number))
+                writer.append(2, event(number + 10))
         await writer.flush(1)
         await submit(writer, 4)
 
         assert disk.numbers() == [0, 1, 2, 3, 10, 11, 12, 13, 4]
         assert disk.records() == 3
+
+
+async def test_d3_the_events_of_a_run_are_numbered_in_their_order(disk):
+    """A record has the number of its first event; a run that is taken up goes on with the next one (D3)."""
+
+    def places(connection: sqlite3.Connection) -> Any:
+        return connection.execute("SELECT run, seq FROM records ORDER BY run, seq").fetchall()
+
+    async with running(disk) as writer:
+        for number in range(2):
+            async with busy(writer):
+                writer.append(1, event(number))
+                writer.append(1, event(number))
+                writer.append(2, event(number))
+            await writer.flush(1)
+        writer.forget(2, 7)
+        await submit(writer, 7, run=2)
+        writer.forget(3)
+        await submit(writer, 8, run=3)
+
+        assert await writer.call(places) == [(1, 0), (1, 2), (2, 0), (2, 1), (2, 7), (3, 0)]
+        writer.forget(1)
+        assert writer._numbers == {2: 8, 3: 1}
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 4, FEW, FEW + 1, 63, 64, 150])
@@ -278,7 +304,7 @@ async def test_d7_however_many_runs_a_batch_has_all_are_written(disk, runs):
     async with running(disk) as writer:
         async with busy(writer):
             for run in range(runs):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
         for run in range(runs):
             await writer.flush(run)
 
@@ -292,7 +318,7 @@ async def test_d7_what_is_too_large_for_one_text_is_written_as_several(disk, lar
     async with running(disk) as writer:
         async with busy(writer):
             for run in range(7):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
         await writer.flush(0)
 
         assert disk.numbers() == list(range(7))
@@ -320,7 +346,7 @@ async def many_wait(disk: Disk, writer: Writer, wait: Any) -> AsyncIterator[list
     async with create_task_group() as tasks:
         async with busy(writer):
             for run in range(MANY):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
                 tasks.start_soon(one, run)
             await wait_all_tasks_blocked()
             yield woken
@@ -336,7 +362,7 @@ def stopped_at_the_second_half(writer: Writer) -> tuple[threading.Event, threadi
     encode_all = writer._encode
 
     def encode_or_stop(records: Any) -> str:
-        if f"{HALF}/{HALF}" in records:
+        if f"{HALF}/0" in records:
             reached.set()
             assert go_on.wait(ENOUGH)
         return encode_all(records)
@@ -378,7 +404,7 @@ async def test_d7_half_of_what_is_queued_and_of_what_is_to_come_is_taken(
     disk.under_way = under_way
     writer._taken = taken
     for run in range(queued):
-        writer.append(run, 0, EVENT)
+        writer.append(run, event(0))
 
     assert list(writer._take().events) == list(range(size))
     assert list(writer._next.events) == list(range(size, queued))
@@ -389,12 +415,12 @@ async def test_d7_what_was_left_once_for_the_next_batch_is_not_left_again(disk):
     writer = disk.writer()
     disk.under_way = MANY
     for run in range(MANY):
-        writer.append(run, 0, EVENT)
+        writer.append(run, event(0))
     writer._queue(insert_all_of, 1)
 
     assert not writer._take().groups
     for run in range(MANY):
-        writer.append(run, 1, EVENT)
+        writer.append(run, event(1))
     batch = writer._take()
     assert (len(batch.events), len(batch.groups)) == (MANY, 1)
 
@@ -402,12 +428,12 @@ async def test_d7_what_was_left_once_for_the_next_batch_is_not_left_again(disk):
 async def test_d7_what_is_left_comes_before_what_is_there_already():
     """A run that is collected while a batch is halved may have recorded something in the other half (D7)."""
     batch, rest = _Batch(), _Batch()
-    batch.events = {1: (0, [EVENT]), 2: (5, [EVENT])}
+    batch.events = {1: [event(0)], 2: [event(5)]}
     last: Any = ("done", (0,), "a", 1.0)
-    rest.events = {2: (6, [last])}
+    rest.events = {2: [last]}
     batch.leave(1, rest)
 
-    assert (batch.events, rest.events) == ({1: (0, [EVENT])}, {2: (5, [EVENT, last])})
+    assert (batch.events, rest.events) == ({1: [event(0)]}, {2: [event(5), last]})
 
 
 async def test_d7_functions_come_after_all_events_of_both_halves(disk):
@@ -426,7 +452,7 @@ async def test_d7_functions_come_after_all_events_of_both_halves(disk):
     async with running(disk) as writer, create_task_group() as tasks:
         async with busy(writer):
             for run in range(MANY):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
             tasks.start_soon(call)
             await wait_all_tasks_blocked()
 
@@ -464,7 +490,7 @@ async def test_d7_a_flush_that_comes_when_half_is_written_waits_for_the_other_ha
         _, go_on = stopped_at_the_second_half(writer)
         async with busy(writer):
             for run in range(MANY):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
         await writer.flush(0)
         assert disk.records() == HALF
         async with create_task_group() as tasks:
@@ -492,7 +518,7 @@ async def test_d7_who_waits_for_the_second_half_can_be_cancelled(disk):
         async with create_task_group() as tasks:
             async with busy(writer):
                 for run in range(MANY):
-                    writer.append(run, run, EVENT)
+                    writer.append(run, event(run))
                     tasks.start_soon(wait, run)
                 await wait_all_tasks_blocked()
             assert await anyio.to_thread.run_sync(reached.wait, ENOUGH)
@@ -509,7 +535,7 @@ async def test_d8_a_half_that_fails_is_told_to_those_who_wait_for_it(disk):
     """Where one of two halves cannot be written, those of the other go on (D7, D8)."""
     with closing(sqlite3.connect(disk.path)) as connection:
         connection.execute(TABLE)
-        connection.execute("INSERT INTO records VALUES (?, ?, '')", (MANY - 1, MANY - 1))
+        connection.execute("INSERT INTO records VALUES (?, 0, '')", (MANY - 1,))
         connection.commit()
     failed = []
 
@@ -648,7 +674,7 @@ async def test_a_call_that_was_left_for_the_next_batch_is_waited_for_there(disk)
         reached, go_on = stopped_at_the_second_half(writer)
         async with busy(writer):
             for run in range(MANY):
-                writer.append(run, run, EVENT)
+                writer.append(run, event(run))
             call = asyncio.ensure_future(writer.call_surely(insert_all_of, 5000))
             await wait_all_tasks_blocked()
         assert await anyio.to_thread.run_sync(reached.wait, ENOUGH)
@@ -676,7 +702,7 @@ async def test_what_cannot_be_done_for_all_is_done_for_each(disk, kind, beside):
 
     async with running(disk) as writer:
         if beside:
-            writer.append(7, 7, EVENT)
+            writer.append(7, event(7))
         results = await call_all(writer, put, [1, 2, 3])
         error = results.pop(2)
         assert results == {1: 1, 3: 3}
@@ -745,21 +771,22 @@ async def test_d7_a_batch_that_fails_is_not_written_at_all(disk):
     """One record that cannot be written leaves out its whole batch, and all who wait are told (D7, D8)."""
     errors: list[JournalError] = []
     async with running(disk) as writer:
-        await submit(writer, 2)
+        await submit(writer, 0)
+        await write(writer, partial(insert, number=1))
         async with create_task_group() as tasks:
             async with busy(writer):
                 for run in (1, 2, 3, 4, 5):  # that of the first is there already
                     tasks.start_soon(submit, writer, 2, errors, run)
                 await wait_all_tasks_blocked()
-        assert disk.numbers() == [2]
+        assert disk.numbers() == [0, 1]
         assert len(errors) == 5
         # Whoever asks again is told again, until something else was taken.
         with pytest.raises(JournalError) as caught:
             await writer.flush(1)
-        writer.forget(1)
+        writer.forget(1, 2)
         await submit(writer, 3)
 
-        assert disk.numbers() == [2, 3]
+        assert disk.numbers() == [0, 1, 3]
     reason = "UNIQUE constraint failed: records.run, records.seq"
     assert {str(error) for error in errors} == {f"journal here cannot be written: {reason}; {REMEDY}"}
     assert str(caught.value) == str(errors[0])
@@ -802,7 +829,7 @@ async def test_d8_a_job_in_which_the_database_fails_fails_its_batch(disk):
         connection.execute("CREATE TABLE more AS SELECT zeroblob(100000)")
 
     async with running(disk) as writer:
-        writer.append(1, 0, EVENT)
+        writer.append(1, event(0))
         with pytest.raises(
             JournalError, match="journal here cannot be written: database or disk is full"
         ):
@@ -821,7 +848,7 @@ async def test_d8_a_job_in_which_the_database_fails_fails_its_batch(disk):
 async def test_d8_a_job_that_asks_for_what_cannot_be_fails_alone(disk, statement, values, message):
     """What is wrong with one question is no fault of the file: what others wrote stays written (D8)."""
     async with running(disk) as writer:
-        writer.append(1, 0, EVENT)
+        writer.append(1, event(0))
         with pytest.raises(JournalError, match=f"^journal here cannot do that: {re.escape(message)}$"):
             await writer.call(lambda connection: connection.execute(statement, values).fetchone())
         await writer.flush(1)
@@ -833,11 +860,11 @@ async def test_d8_a_batch_that_the_database_has_rolled_back_is_not_rolled_back_a
     again = "INSERT OR ROLLBACK INTO records SELECT * FROM records"
     async with running(disk) as writer:
         await submit(writer, 0)
-        writer.append(1, 1, EVENT)
+        writer.append(1, event(1))
         with pytest.raises(JournalError, match="cannot be written: UNIQUE constraint failed"):
             await write(writer, lambda connection: connection.execute(again))
         assert "ROLLBACK" not in disk.statements
-        writer.forget(1)
+        writer.forget(1, 1)
         await submit(writer, 2)
 
         assert disk.numbers() == [0, 2]
@@ -864,14 +891,14 @@ async def test_d8_after_a_gap_nothing_of_that_run_is_written(disk):
     async with running(disk) as writer:
         with closing(sqlite3.connect(disk.path, isolation_level=None)) as somebody:
             somebody.execute("BEGIN IMMEDIATE")
-            writer.append(1, 0, EVENT)
+            writer.append(1, event(0))
             with pytest.raises(JournalError, match="database is locked"):
                 await writer.flush(1)
             somebody.execute("ROLLBACK")
-        for refused in (writer.check, lambda run: writer.append(run, 1, EVENT)):
+        for refused in (writer.check, lambda run: writer.append(run, event(1))):
             with pytest.raises(JournalError, match="database is locked; when that is mended"):
                 refused(1)
-        writer.append(2, 7, EVENT)
+        writer.append(2, event(7))
         await writer.flush(2)
         writer.check(2)
 
@@ -889,15 +916,15 @@ async def test_d8_rows_that_were_taken_before_the_gap_was_known_are_dropped(disk
             raise sqlite3.OperationalError("disk I/O error")
 
         async def failing() -> None:
-            writer.append(1, 0, EVENT)
+            writer.append(1, event(0))
             with pytest.raises(JournalError, match="disk I/O error"):
                 await write(writer, fail)
 
         async with create_task_group() as tasks:
             tasks.start_soon(failing)
             await anyio.to_thread.run_sync(began.wait)
-            writer.append(1, 1, EVENT)
-            writer.append(2, 7, EVENT)
+            writer.append(1, event(1))
+            writer.append(2, event(7))
             go.set()
             await writer.flush(2)
         with pytest.raises(JournalError):
@@ -910,10 +937,10 @@ async def test_d8_what_others_lose_later_says_nothing_of_a_run_that_is_written(d
     """Who asks late whether its events are on disk hears of them, and not of the last batch (D8)."""
     async with running(disk) as writer:
         await write(writer, partial(insert, number=5))
-        writer.forget(1)
-        writer.append(2, 0, EVENT)
+        writer.forget(1, 5)
+        writer.append(2, event(0))
         await writer.call(len_of_nothing)
-        writer.append(1, 5, EVENT)  # which is there already
+        writer.append(1, event(5))  # which is there already
         with pytest.raises(JournalError, match="UNIQUE"):
             await writer.flush(1)
         await writer.flush(2)
@@ -926,22 +953,22 @@ async def test_d8_events_that_cannot_be_written_down_are_a_gap_in_their_run_alon
     writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
     await writer.start()
     async with busy(writer):
-        writer.append(1, 0, bad)
-        writer.append(2, 7, EVENT)
-        writer.append(3, 8, EVENT)
+        writer.append(1, bad)
+        writer.append(2, event(7))
+        writer.append(3, event(8))
     await writer.flush(2)
     with pytest.raises(
         JournalError, match="journal here cannot be written: 'utf-8' codec can't encode"
     ):
         await writer.flush(1)
     with pytest.raises(JournalError, match="surrogates not allowed; when that is mended"):
-        writer.append(1, 1, EVENT)
+        writer.append(1, event(1))
     await writer.stop()
 
     with closing(sqlite3.connect(disk.path)) as connection:
         records = connection.execute("SELECT run, seq, events FROM records").fetchall()
     assert [(run, seq, json.loads(events)) for run, seq, events in records] == [
-        (run, seq, [["started", [0], "a", 0.0]]) for run, seq in ((2, 7), (3, 8))
+        (run, 0, [["started", [number], "a", 0.0]]) for run, number in ((2, 7), (3, 8))
     ]
 
 
@@ -956,7 +983,7 @@ async def test_d8_a_writer_that_cannot_connect_does_not_start(disk):
     # Nothing that is given to it is kept waiting.
     with pytest.raises(JournalError, match="unable to open database file"):
         await writer.call(len_of_nothing)
-    writer.append(1, 0, EVENT)
+    writer.append(1, event(0))
     with pytest.raises(JournalError, match="unable to open database file"):
         await writer.flush(1)
     await writer.stop()
@@ -982,7 +1009,7 @@ async def test_d8_a_batch_that_cannot_even_be_undone_ends_the_connection(disk):
         for _ in range(2):
             with pytest.raises(JournalError, match="cannot be written: not authorized"):
                 await write(writer, refuse_ends)
-        writer.append(2, 7, EVENT)
+        writer.append(2, event(7))
         with pytest.raises(JournalError, match="cannot be written: not authorized"):
             await writer.flush(2)
         with closing(sqlite3.connect(disk.path, timeout=0)) as somebody:
@@ -999,7 +1026,7 @@ async def test_d8_why_a_batch_failed_does_not_keep_what_it_had(disk):
         raise sqlite3.OperationalError("disk I/O error")
 
     async with running(disk) as writer:
-        writer.append(1, 0, EVENT)
+        writer.append(1, event(0))
         with pytest.raises(JournalError):
             await write(writer, fail)
 
@@ -1034,7 +1061,7 @@ async def test_a_keyboard_interrupt_does_not_keep_the_thread_from_being_told(dis
             await anyio.sleep(0)
         writer._wanted = Rude(writer._wanted, when)
         with pytest.raises(KeyboardInterrupt):
-            writer.append(1, 0, EVENT)
+            writer.append(1, event(0))
         await submit(writer, 1)
 
         assert disk.numbers() == [0, 1]
@@ -1056,7 +1083,7 @@ async def test_a_keyboard_interrupt_does_not_come_between_noting_a_task_and_its_
 
     async with running(disk) as writer:
         writer._loop._lowlevel = Watched()
-        writer.append(1, 0, EVENT)
+        writer.append(1, event(0))
         await writer.flush(1)
         _ = await writer.call_surely(insert_all_of, 5, shield=shielded)
 
@@ -1067,7 +1094,7 @@ async def test_a_run_that_is_collected_while_the_lock_is_held_does_not_wait_for_
     """The garbage collector runs anywhere, and what it closes has something to record."""
     async with running(disk) as writer:
         with writer._lock:
-            writer.append(1, 0, EVENT)
+            writer.append(1, event(0))
             writer._queue(insert_all_of, 5)
         await writer.flush(1)
 
@@ -1084,7 +1111,7 @@ async def test_stop_writes_what_is_left(disk):
     async with create_task_group() as tasks:
         async with busy(writer):
             for number in range(3):
-                writer.append(1, number, EVENT)
+                writer.append(1, event(number))
             tasks.start_soon(writer.stop)
             await wait_all_tasks_blocked()
             assert disk.closed == 0
@@ -1099,7 +1126,7 @@ async def test_stop_is_not_cut_off(disk):
     await writer.start()
     with anyio.CancelScope() as scope:
         scope.cancel()
-        writer.append(1, 0, EVENT)
+        writer.append(1, event(0))
         await writer.stop()
 
     assert (disk.numbers(), disk.closed) == ([0], 1)
@@ -1131,7 +1158,7 @@ def test_what_is_left_is_written_when_its_event_loop_is_gone(disk, backend):
         async with create_task_group() as tasks:
             tasks.start_soon(writer.call, work)
             await anyio.to_thread.run_sync(began.wait)
-            writer.append(1, 0, EVENT)
+            writer.append(1, event(0))
             tasks.cancel_scope.cancel()
         return writer
 

@@ -106,8 +106,6 @@ class SQLiteJournal(Journal):
         self._closed = False
         self._letting_go = threading.Lock()
         self._events_in = Events()
-        # The number of the next event of each run.
-        self._next: dict[int, int] = {}
         # The runs that are still to be let go, as that was not possible, by key: each with what is still to be
         # recorded of it, where it was taken back meanwhile. And those of which that is being tried.
         self._owed: dict[int, _Owed] = {}
@@ -362,7 +360,6 @@ class SQLiteJournal(Journal):
 
     async def _release(self, key: int, last: Event | None = None) -> None:
         record = None if last is None else self._events_in.encode([written(*last)])
-        self._next.pop(key, None)
         # Or a recovery that resumes would carry on what has been taken back.
         self._owed[key] = _Owed(self._owner, key, record)
         with suppress(JournalError):
@@ -441,24 +438,20 @@ class SQLiteJournal(Journal):
             ).fetchall()
 
         unfinished, records = await self._open().call(load)
-        self._open().forget(key)
         events: list[Event] = []
         next_number = 0
         for number, record in records:
             these = self._events_in.decode(record)
             events += these
             next_number = number + len(these)
-        if unfinished:  # of others nothing more is recorded
-            self._next[key] = next_number
+        # Of one that has ended nothing more is recorded.
+        self._open().forget(key, next_number if unfinished else 0)
         return events
 
     def _append(
         self, key: int, kind: EventKind, path: tuple[int, ...], name: str, data: bytes = b"", /
     ) -> None:
-        writer = self._writer or self._open()
-        number = self._next.get(key, 0)
-        self._next[key] = number + 1
-        writer.append(key, number, written(kind, path, name, data, time.time()))
+        (self._writer or self._open()).append(key, written(kind, path, name, data, time.time()))
 
     def _flush(self, key: int) -> Awaitable[None]:
         # What was taken just before it was closed is written all the same, and that has to be known.
@@ -467,10 +460,9 @@ class SQLiteJournal(Journal):
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
         row = (key, ending.state.value, ending.value, error, time.time())
-        self._next.pop(key, None)
-        _, late = await self._open().call_surely(
-            self._end_all, row, together=True, first=True, shield=True
-        )
+        writer = self._open()
+        _, late = await writer.call_surely(self._end_all, row, together=True, first=True, shield=True)
+        writer.forget(key)
         if late is not None:
             raise late
 
@@ -491,8 +483,7 @@ class SQLiteJournal(Journal):
             return [next_number(connection, key)]
 
         number, late = await self._open().call_surely(reopen, None)
-        self._open().forget(key)
-        self._next[key] = number
+        self._open().forget(key, number)
         if late is not None:
             raise late
 

@@ -40,8 +40,8 @@ Encode = Callable[[object], str]
 Work = Callable[[sqlite3.Connection, list[Row]], Sequence[T]]
 """Gives a result for each row."""
 
-_Record = tuple[int, int, list[Written]]
-"""A run, the number of its first event, its events."""
+_Records = dict[str, list[Written]]
+"""Events, by the run that they are of and the number of the first, as `insert_all` takes them."""
 
 FEW = 32
 """Of so few runs, what is queued is not halved: the event loop is done with them before the disk is."""
@@ -167,8 +167,8 @@ class _Batch:
     __slots__ = ("error", "events", "groups", "is_over", "left", "reads", "rest", "waiting", "was_left")
 
     def __init__(self) -> None:
-        # For each run the number of its first event here, and its events.
-        self.events: dict[int, tuple[int, list[Written]]] = {}
+        # For each run its events.
+        self.events: dict[int, list[Written]] = {}
         # What is to be called after that, in this order; and whether all of it only reads.
         self.groups: list[_Group] = []
         self.reads = True
@@ -211,10 +211,8 @@ class _Batch:
             rest.groups = [_Group(work, jobs[size:], may_grow)]
         else:
             for run in list(self.events)[size:]:
-                number, events = self.events.pop(run)
                 # A run that is collected just now may have recorded something there already.
-                _, later = rest.events.get(run, (0, []))
-                rest.events[run] = number, events + later
+                rest.events[run] = self.events.pop(run) + rest.events.get(run, [])
             self.groups, rest.groups = [], self.groups
         self.left.update(rest.events, *(group.jobs for group in rest.groups))
         rest.was_left = bool(rest.groups)
@@ -243,6 +241,8 @@ class Writer:
         self._encode = encode
         self._place = place
         self._next = _Batch()
+        # For each run that has any, the number of the next event that the thread comes to.
+        self._numbers: dict[int, int] = {}
         # For each run of which an event is not on disk yet, the batch that has the last one. (What comes in a
         # later one, of others, says nothing of this run.)
         self._batch_of: dict[int, _Batch] = {}
@@ -296,12 +296,11 @@ class Writer:
         """Whether the thread has not ended."""
         return self._thread.is_alive()
 
-    def append(self, run: int, number: int, event: Written) -> None:
+    def append(self, run: int, event: Written) -> None:
         """Takes an event for the next batch.
 
         Args:
             run: The run that it is of.
-            number: Its own, one more than that of the last event of its run.
             event: What is written of it.
 
         Raises:
@@ -310,11 +309,12 @@ class Writer:
         if run in self._lost:
             self.check(run)
         with self._lock:
-            batch = self._batch_of[run] = self._next
+            batch = self._next
             if run in batch.events:
-                batch.events[run][1].append(event)
+                batch.events[run].append(event)
             else:
-                batch.events[run] = (number, [event])
+                batch.events[run] = [event]
+                self._batch_of[run] = batch
             if self._waits:
                 self._tell()
 
@@ -345,9 +345,18 @@ class Writer:
         if run in self._lost:
             raise self._failure(self._lost[run])
 
-    def forget(self, run: int) -> None:
-        """Takes up a run as it is on disk, whatever was lost of it: when all of its events were taken."""
+    def forget(self, run: int, next_number: int = 0) -> None:
+        """Takes up a run as it is on disk, whatever was lost of it: when all of its events were taken.
+
+        Args:
+            run: Which.
+            next_number: That of its next event.
+        """
         self._lost.pop(run, None)
+        if next_number:
+            self._numbers[run] = next_number
+        else:
+            self._numbers.pop(run, None)
 
     async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Calls a function that reads with the connection, after all events that were taken.
@@ -554,12 +563,18 @@ class Writer:
         self._taken = batch.size()
         return batch
 
-    def _records(self, batch: _Batch) -> list[_Record]:
+    def _records(self, batch: _Batch) -> _Records:
         """Gives what is to be written, without what comes after a gap."""
-        events, lost = batch.events, self._lost
-        return [(run, number, its) for run, (number, its) in events.items() if run not in lost]
+        numbers, lost = self._numbers, self._lost
+        records: _Records = {}
+        for run, events in batch.events.items():
+            if run not in lost:
+                number = numbers.get(run, 0)
+                numbers[run] = number + len(events)
+                records[f"{run}/{number}"] = events
+        return records
 
-    def _texts(self, records: list[_Record]) -> list[str]:
+    def _texts(self, records: _Records) -> list[str]:
         """Gives records as text: most often one, with all of them.
 
         One of which a name is no text is left out, and lost.
@@ -567,16 +582,18 @@ class Writer:
         if not records:
             return []
         try:
-            text = self._encode({f"{run}/{number}": events for run, number, events in records})
+            text = self._encode(records)
         except Exception as error:
             if len(records) == 1:
-                self._lost[records[0][0]] = error
+                (its,) = records
+                self._lost[int(its.partition("/")[0])] = error
                 return []
         else:
             if len(text) <= LARGE or len(records) == 1:
                 return [text]
-        half = len(records) // 2
-        return [*self._texts(records[:half]), *self._texts(records[half:])]
+        both = [*records.items()]
+        half = len(both) // 2
+        return [*self._texts(dict(both[:half])), *self._texts(dict(both[half:]))]
 
     def _wake(self, batch: _Batch) -> None:
         try:
