@@ -93,7 +93,7 @@ def check_saga_options(
 
 
 def check_middleware(place: str, middleware: object) -> None:
-    if not isinstance(middleware, tuple | list):
+    if not isinstance(middleware, (tuple, list)):
         raise SagaDefinitionError(
             f"{place}: middleware must be a list or a tuple of callables, not {middleware!r}"
         )

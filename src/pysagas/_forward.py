@@ -176,26 +176,25 @@ async def carry_out_parts(sequence: Sequence, args: tuple[Any, ...], kwargs: dic
                 definition, its_args, its_kwargs = part.definition, part.args, part.kwargs
             else:
                 definition, its_args, its_kwargs = part, args, kwargs
-            if plain and isinstance(definition, Step) and definition.simple and not its_kwargs:
-                # As `_carry_out_step` and `attempt`, written out for the step that asks for
-                # nothing: the long way costs three times as much as the step itself.
+            if isinstance(definition, Step) and not its_kwargs:
                 record = Record(
-                    definition, definition.take_back, definition.take_undo, its_args, UNKNOWN
+                    definition, definition.take_back, definition.take_undo, its_args, NOT_STARTED
                 )
                 append(record)
-                record.result = await definition.action(*its_args)
-                record.state = COMPLETED
-                continue
-            index = len(entries)
-            if isinstance(definition, Commit):
+                if plain and definition.simple:
+                    # As `_carry_out_step` and `attempt`, written out for the step that asks for
+                    # nothing: the long way costs three times as much as the step itself.
+                    record.state = UNKNOWN
+                    record.result = await definition.action(*its_args)
+                    record.state = COMPLETED
+                else:
+                    await _carry_out_step(record, sequence, (*sequence.path, len(entries) - 1))
+            elif isinstance(definition, Commit):
                 await carry_out_commit(sequence)
-                continue
-            path = (*sequence.path, index)
-            entry = new_entry(definition, its_args, its_kwargs, sequence, path)
-            append(entry)
-            if isinstance(entry, Record):
-                await _carry_out_step(entry, sequence, path)
             else:
+                path = (*sequence.path, len(entries))
+                entry = new_entry(definition, its_args, its_kwargs, sequence, path)
+                append(entry)
                 await carry_out(entry, its_args, its_kwargs, sequence, path)
     except BaseException as error:
         for last in entries[-1:]:  # none, if a signal came before the first

@@ -6,7 +6,7 @@ import warnings
 from typing import Any, TypeVar
 
 from ._attempts import UNKNOWN
-from ._effects import current_place, reset_place, through
+from ._effects import CallRest, current_place, reset_place
 from ._errors import (
     AlreadyCommitted,
     CompensationFailed,
@@ -227,8 +227,14 @@ async def run_through(
     error: BaseException | None = None
     value: Any = None
     try:
+        # As `through`, written out: all that the run waits for goes through here.
+        middleware = root.middleware
         effect = root.effect("saga", root.name, root.path)
-        value = await through(root.middleware, effect, run, definition=root.saga)
+        rest = CallRest(middleware[1:], effect, run, None, root.saga)
+        try:
+            value = await middleware[0](effect, rest)
+        finally:
+            rest.ended = True
     except GeneratorExit:
         raise
     except BaseException as raised:

@@ -489,7 +489,7 @@ class Journal(Storage):
         on_crash: OnCrash,
     ) -> Outcome[T]:
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
-        async with self._released_if_it_fails(claim.key):
+        try:
             middleware = RunMiddleware(
                 self,
                 claim.key,
@@ -499,6 +499,9 @@ class Journal(Storage):
                 recovering=not claim.is_new,
                 resume=on_crash == "resume",
             )
+        except BaseException:
+            await self._release(claim.key)
+            raise
         replay = middleware.replay
         try:
             outcome = await saga.run_with(

@@ -150,6 +150,9 @@ class RunMiddleware:
     def __call__(self, effect: Effect, call_next: CallNext) -> Any:
         """Replays an effect, or runs and records it."""
         replay = self.replay
+        if effect.kind == "action" and replay.is_plain:
+            assert call_next.step is not None
+            return self._run_action(effect, call_next, call_next.step)
         if replay.abandoned is not None:
             raise replay.abandoned
         if replay.is_member(effect):

@@ -147,6 +147,17 @@ class Replay:
         return self._cursor == len(self._history)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to mind for an action: as for `is_clear`, and there is no group either."""
+        return (
+            self._cursor == len(self._history)
+            and not self._groups
+            and self.interrupted is None
+            and self._late is None
+            and self.abandoned is None
+        )
+
+    @property
     def is_clear(self) -> bool:
         """Whether an action may run at once: nothing is recorded of it, and nothing keeps it back."""
         return self._cursor == len(self._history) and self.interrupted is None and self._late is None
