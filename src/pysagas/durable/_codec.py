@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -140,7 +140,9 @@ def function_of(part: Any) -> Callable[..., Any] | None:
 # --- values -------------------------------------------------------------------------------------
 
 
-def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], str]) -> bytes:
+def encode_result(
+    codec: Codec, value: object, kind: Any, place: Callable[..., str], *where: object
+) -> bytes:
     """Gives the bytes of a value that will come back equal.
 
     Args:
@@ -148,6 +150,7 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
         value: The value.
         kind: The type by which they will be read.
         place: Says for the message what gave the value; most values need none.
+        *where: What that is called with.
 
     Raises:
         NotRecordable: They would not.
@@ -156,7 +159,7 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
         data = codec.encode(value)
     except Exception as error:
         raise NotRecordable(
-            f"{place()} gave {text_of(value, repr)}, which cannot be recorded: {error}; return plain "
+            f"{place(*where)} gave {text_of(value, repr)}, which cannot be recorded: {error}; return plain "
             "values, dataclasses or msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     if _is_plain(codec, value, kind):
@@ -170,7 +173,7 @@ def encode_result(codec: Codec, value: object, kind: Any, place: Callable[[], st
     if not same:
         shown = "no type" if kind is Any else f"the type {kind!r}"
         raise NotRecordable(
-            f"{place()} gave {text_of(value, repr)}, which {problem}; it is annotated with {shown}: "
+            f"{place(*where)} gave {text_of(value, repr)}, which {problem}; it is annotated with {shown}: "
             "annotate it with the type that it has"
         )
     return data
@@ -198,7 +201,7 @@ def encode_arguments(
             "msgspec structs, or give the journal, or the engine, a codec"
         ) from error
     types = _types_of(function).by_position()
-    if not kwargs and all(_is_plain(codec, value, kind) for value, kind in zip(args, types)):  # noqa: B905
+    if not kwargs and all(map(_is_plain, repeat(codec), args, types)):
         return data
     try:
         back = _read_arguments(codec, data, function)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from pysagas import Effect, StepInHand, StepState
@@ -76,7 +75,7 @@ class Ends:
             data, typed = self._encode(effect, step, answer), True
         except NotRecordable:
             data, typed = (
-                encode_result(self._codec, answer, Any, partial(self._answered, effect)),
+                encode_result(self._codec, answer, Any, self._answered, effect),
                 False,
             )
         answered = {
@@ -147,8 +146,7 @@ class Ends:
             return None
 
     def _encode(self, effect: Effect, step: StepInHand, result: object) -> bytes:
-        place = partial(self._place, effect)
-        return encode_result(self._codec, result, return_type(step.action), place)
+        return encode_result(self._codec, result, return_type(step.action), self._place, effect)
 
     def _place(self, effect: Effect) -> str:
         return f"step {effect.name!r} of saga {self._saga!r} at {effect.path}"

@@ -130,9 +130,9 @@ class RunMiddleware:
         # Whether the run has passed its commit, as far as that is met.
         self.committed = False
         # The groups of which a member was interrupted, or cancelled.
-        self._cut_short: set[Path] = set()
+        self._cut_short: frozenset[Path] = frozenset()
         # Where an action returned what could not be recorded, and only an undo takes it back.
-        self._lost: set[Path] = set()
+        self._lost: frozenset[Path] = frozenset()
         note_interruption = partial(self.recorder.append, EventKind.INTERRUPTED, (), saga.name)
         self.replay = Replay(
             saga.name, history, note_interruption, recovering=recovering, resume=resume
@@ -168,7 +168,7 @@ class RunMiddleware:
                 raise
             except BaseException as error:
                 if not isinstance(error, Exception):
-                    self._cut_short.add(effect.path[:-1])
+                    self._cut_short |= {effect.path[:-1]}
                 if not await replay.leave(effect):
                     self.recorder.append(EventKind.LEFT, effect.path, effect.name)
                 raise
@@ -289,7 +289,7 @@ class RunMiddleware:
         )
         if step.compensation is not None or not undone:
             return StepState.UNKNOWN
-        self._lost.add(effect.path)
+        self._lost |= {effect.path}
         return StepState.COMPLETED
 
     async def _run_action(self, effect: Effect, call_next: CallNext, step: StepInHand) -> object:

@@ -130,23 +130,21 @@ class _OnTrio:
         lowlevel = self._lowlevel
         task = lowlevel.current_task()
         batch.waiting[task] = what
+        await lowlevel.wait_task_rescheduled(partial(self._cancelled, batch, task))
 
-        def cancelled(_: object) -> Any:
-            waits_for: _Batch | None = batch
-            while waits_for is not None and waits_for.waiting.pop(task, None) is None:
-                waits_for = waits_for.rest
-            return lowlevel.Abort.SUCCEEDED
-
-        await lowlevel.wait_task_rescheduled(cancelled)
+    def _cancelled(self, batch: _Batch, task: object, _: object) -> Any:
+        waits_for: _Batch | None = batch
+        while waits_for is not None and waits_for.waiting.pop(task, None) is None:
+            waits_for = waits_for.rest
+        return self._lowlevel.Abort.SUCCEEDED
 
     async def _wait_shielded(self, batch: _Batch, what: int | _Job[Any, Any]) -> None:
         lowlevel = self._lowlevel
         batch.waiting[lowlevel.current_task()] = what
+        await lowlevel.wait_task_rescheduled(self._not_cancelled)
 
-        def cancelled(_: object) -> Any:
-            return lowlevel.Abort.FAILED
-
-        await lowlevel.wait_task_rescheduled(cancelled)
+    def _not_cancelled(self, _: object) -> Any:
+        return self._lowlevel.Abort.FAILED
 
     def wake(self, task: Any, error: BaseException | None) -> None:
         woken = _WOKEN if error is None else import_module("outcome").Error(error)
