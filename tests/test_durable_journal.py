@@ -811,6 +811,28 @@ async def test_d8_a_result_that_the_journal_does_not_take_stops_the_run(disk, sh
     assert set() == shop.there
 
 
+async def test_d8_the_error_of_a_journal_that_fails_does_not_grow_with_the_rollback(disk, shop):
+    """Its traceback says where it failed, once, however many compensations cannot be recorded (D8)."""
+
+    async def frames(steps: int) -> int:
+        whole = Saga([shop.step(f"{steps} {number}") for number in range(steps)], name="s")
+        async with disk.process() as journal:
+            append = journal._append
+
+            def full(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
+                if (kind, path) == (EventKind.STARTED, (steps - 1,)):
+                    raise JournalError("full")
+                append(key, kind, path, name, data)
+
+            journal._append = full
+            with pytest.raises(JournalError, match="full") as caught:
+                await journal.run(whole, run_id=f"r{steps}")
+        assert set() == shop.there
+        return len(caught.traceback)
+
+    assert await frames(2) == await frames(20)
+
+
 @pytest.mark.parametrize("committed", [True, False])
 async def test_d8_what_a_recovery_would_carry_on_is_not_taken_back(committed, disk, shop):
     """Past its commit, or begun to be resumed, a run whose journal fails is left for recovery as it is (D8)."""

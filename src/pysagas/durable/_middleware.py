@@ -351,13 +351,15 @@ class RunMiddleware:
         await self.replay.park(effect, forward=False)
         if effect.path in self._lost:
             raise undo_is_lost(effect)
-        try:
-            self.recorder.append(EventKind.COMPENSATING, effect.path, effect.name)
-            await self._flush()
-        except JournalError:
-            if self.replay.abandoned is not None:
-                raise
-            # It has to run, recorded or not. The next recovery will run it again.
+        # It has to run, recorded or not; the next recovery will run it again. (What has failed for good is
+        # not asked again: it would raise the same error, whose traceback grows each time.)
+        if self.recorder.broken is None or self.goes_on:
+            try:
+                self.recorder.append(EventKind.COMPENSATING, effect.path, effect.name)
+                await self._flush()
+            except JournalError:
+                if self.replay.abandoned is not None:
+                    raise
         try:
             result = await call_next()
         except BaseException as error:
