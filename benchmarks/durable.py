@@ -483,7 +483,7 @@ def _fewest(recoveries: Sequence[Recovery], loop: str) -> float:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less of everything: a few seconds")
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; by default 11")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; by default 31")
     parser.add_argument("--backend", choices=LOOPS, help="only on this loop")
     parser.add_argument("--folder", type=Path, help="where the files are made: on the disk to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw rows there")
@@ -494,7 +494,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 async def on_loop(loop: str, options: argparse.Namespace, folder: Path, results: Results) -> None:
     cases = QUICK if options.quick else CASES
-    repeats = options.repeats or (2 if options.quick else 11)
+    repeats = options.repeats or (2 if options.quick else 31)
     commits = 20 if options.quick else 200
 
     def add(rows: list[Row]) -> None:
