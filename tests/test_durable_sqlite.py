@@ -922,7 +922,8 @@ def held_at_a_commit(journal: SQLiteJournal) -> tuple[threading.Event, threading
     encode = writer._encode
 
     def slow(records: Any) -> str:
-        if any(kind == "committed" for events in records.values() for kind, *_ in events):
+        events = records.values() if isinstance(records, dict) else ()
+        if any(kind == "committed" for its in events for kind, *_ in its):
             at_work.set()
             assert go.wait(ENOUGH)
         return encode(records)

@@ -21,13 +21,17 @@ from conftest import ASYNCIO
 from helpers import TRIO
 
 from pysagas.durable import JournalError
-from pysagas.durable._records import Many
-from pysagas.durable._writer import FEW, Writer, _Batch
+from pysagas.durable._batch import Batch, Job
+from pysagas.durable._records import End, Many, prepare_put
+from pysagas.durable._writer import FEW, Writer
 
 pytestmark = pytest.mark.anyio
 
 ENOUGH = 30  # seconds, within which what hangs is found to hang
-TABLE = "CREATE TABLE IF NOT EXISTS records (run, seq, events, PRIMARY KEY (run, seq))"
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS records (run, seq, events, PRIMARY KEY (run, seq))",
+    "CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, state, value BLOB, error, ended, owner)",
+)
 
 
 class Disk:
@@ -45,9 +49,15 @@ class Disk:
         self.threads.add(threading.current_thread().name)
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         connection.execute("PRAGMA journal_mode = WAL")  # so that who looks keeps nobody from writing
-        connection.execute(TABLE)
-        connection.set_trace_callback(self.statements.append)
+        for table in TABLES:
+            connection.execute(table)
+        prepare_put(connection)
+        connection.set_trace_callback(self.note)
         return connection
+
+    def note(self, statement: str) -> None:
+        if self.statements[-1:] != [statement]:  # it is told again of each that a trigger makes of it
+            self.statements.append(statement)
 
     def close(self, connection: sqlite3.Connection) -> None:
         self.threads.add(threading.current_thread().name)
@@ -416,7 +426,7 @@ async def test_d7_what_was_left_once_for_the_next_batch_is_not_left_again(disk):
     disk.under_way = MANY
     for run in range(MANY):
         writer.append(run, event(0))
-    writer._queue(insert_all_of, 1)
+    writer._queue(Job(1), insert_all_of)
 
     assert not writer._take().groups
     for run in range(MANY):
@@ -427,7 +437,7 @@ async def test_d7_what_was_left_once_for_the_next_batch_is_not_left_again(disk):
 
 async def test_d7_what_is_left_comes_before_what_is_there_already():
     """A run that is collected while a batch is halved may have recorded something in the other half (D7)."""
-    batch, rest = _Batch(), _Batch()
+    batch, rest = Batch(), Batch()
     batch.events = {1: [event(0)], 2: [event(5)]}
     last: Any = ("done", (0,), "a", 1.0)
     rest.events = {2: [last]}
@@ -534,7 +544,7 @@ async def test_d7_who_waits_for_the_second_half_can_be_cancelled(disk):
 async def test_d8_a_half_that_fails_is_told_to_those_who_wait_for_it(disk):
     """Where one of two halves cannot be written, those of the other go on (D7, D8)."""
     with closing(sqlite3.connect(disk.path)) as connection:
-        connection.execute(TABLE)
+        connection.execute(TABLES[0])
         connection.execute("INSERT INTO records VALUES (?, 0, '')", (MANY - 1,))
         connection.commit()
     failed = []
@@ -585,7 +595,7 @@ async def test_who_calls_the_same_function_is_served_by_one_call(disk):
 
 
 async def test_what_is_called_together_passes_nothing_that_stands_alone(disk):
-    """Who calls for many joins the others behind the last one who calls alone; some functions come first."""
+    """Who calls for many joins the others behind the last one who calls alone."""
     calls: list[str] = []
 
     def named(name: str) -> Any:
@@ -595,23 +605,21 @@ async def test_what_is_called_together_passes_nothing_that_stands_alone(disk):
 
         return call
 
-    begin, end = named("begin"), named("end")
+    begin = named("begin")
     async with running(disk) as writer, create_task_group() as tasks, busy(writer):
         for row, (work, options) in enumerate(
             [
                 (begin, {"together": True}),
-                (end, {"together": True, "first": True}),
                 (begin, {"together": True}),
                 (named("alone"), {}),
                 (begin, {"together": True}),
-                (end, {"together": True, "first": True}),
-                (end, {"together": True, "first": True}),
+                (named("other"), {"together": True}),
             ]
         ):
             tasks.start_soon(partial(writer.call_surely, work, row, **options))
             await wait_all_tasks_blocked()
 
-    assert calls == ["end [1]", "begin [0, 2]", "alone [3]", "end [5, 6]", "begin [4]"]
+    assert calls == ["begin [0, 1]", "alone [2]", "begin [3]", "other [4]"]
 
 
 def fail_or_insert(fails: bool) -> Any:  # noqa: FBT001
@@ -762,6 +770,164 @@ async def test_a_call_that_is_shielded_ends_though_its_scope_is_cancelled(disk):
 
 def insert_all_of(connection: sqlite3.Connection, rows: list[int]) -> list[int]:
     return [insert(connection, row) for row in rows]
+
+
+# --- ends ---------------------------------------------------------------------------------------
+
+
+def ending(run: int, value: bytes = b"null") -> End:
+    return End(run, "completed", value, None, 1.5)
+
+
+async def end(writer: Writer, *ends: End, done: tuple[int, ...] = ()) -> dict[int, Exception | None]:
+    """Ends runs by one batch, which has an event of some; gives for each what was raised."""
+    raised: dict[int, Exception | None] = {}
+
+    async def one(its: End) -> None:
+        try:
+            assert await writer.end(its) is None
+        except JournalError as error:
+            raised[its.run] = error
+        else:
+            raised[its.run] = None
+
+    async with create_task_group() as tasks, busy(writer):
+        for run in done:
+            writer.append(run, event(run))
+        for its in ends:
+            tasks.start_soon(one, its)
+            await wait_all_tasks_blocked()
+    return raised
+
+
+def begin_runs(disk: Disk, runs: int) -> None:
+    with closing(sqlite3.connect(disk.path)) as connection:
+        connection.execute(TABLES[1])
+        rows = [(run,) for run in range(runs)]
+        connection.executemany("INSERT INTO runs (id, state, owner) VALUES (?, 'running', 7)", rows)
+        connection.commit()
+
+
+def ended(disk: Disk) -> dict[int, tuple[Any, ...]]:
+    with closing(sqlite3.connect(disk.path)) as connection:
+        rows = connection.execute("SELECT id, state, value, error, ended, owner FROM runs ORDER BY id")
+        return {run: its for run, *its in rows if its[0] != "running"}
+
+
+async def test_d7_how_runs_end_is_written_with_the_last_of_what_they_did(disk):
+    """By one statement, and so by one commit, in which the interpreter is let go of once (D7)."""
+    begin_runs(disk, 4)
+    text = '[1, "\u00e9\U0001f600"]'.encode()
+    failed = End(3, "failed", b"", '{"type": "Boom"}', 1764338400.1234567)
+    async with running(disk) as writer:
+        raised = await end(writer, ending(1), ending(2, text), failed, done=(0, 1, 2))
+        assert raised == {1: None, 2: None, 3: None}
+        # The first is what keeps the thread busy meanwhile.
+        assert [statement.split()[0] for statement in disk.statements] == ["BEGIN", "COMMIT", "INSERT"]
+
+    assert ended(disk) == {
+        1: ["completed", b"null", None, 1.5, None],
+        2: ["completed", text, None, 1.5, None],
+        3: ["failed", b"", '{"type": "Boom"}', 1764338400.1234567, None],
+    }
+    assert disk.numbers() == [0, 1, 2]
+
+
+async def test_d7_a_run_ends_with_its_half(disk):
+    """Of many runs, those that are written first have their ends written too, and their events before (D7)."""
+    begin_runs(disk, MANY)
+    disk.under_way = MANY
+    woken = []
+
+    async def one(writer: Writer, run: int) -> None:
+        assert await writer.end(ending(run)) is None
+        woken.append((run, disk.records(), len(ended(disk))))
+        if len(woken) == HALF:
+            go_on.set()
+
+    async with running(disk) as writer:
+        _, go_on = stopped_at_the_second_half(writer)
+        async with create_task_group() as tasks, busy(writer):
+            for run in range(MANY):
+                writer.append(run, event(run))
+                tasks.start_soon(one, writer, run)
+            await wait_all_tasks_blocked()
+
+    first = sorted(woken[:HALF])
+    assert {(records, ends) for _, records, ends in first} == {(HALF, HALF)}
+    assert {(records, ends) for _, records, ends in woken[HALF:]} == {(MANY, MANY)}
+    assert disk.numbers() == [*(run for run, *_ in first), *sorted(run for run, *_ in woken[HALF:])]
+
+
+async def test_d8_a_run_does_not_end_of_which_something_is_lost(disk):
+    """What is on disk would be less than what happened; of other runs the end is written (D8)."""
+    begin_runs(disk, 4)
+    bad: Any = ("started", (0,), "\ud800", 0.0)
+    writer = disk.writer()
+    writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
+    await writer.start()
+    async with busy(writer):
+        writer.append(1, bad)
+    raised = await end(writer, ending(1), ending(2))
+    await writer.stop()
+
+    assert "surrogates not allowed; when that is mended" in str(raised[1])
+    assert (raised[2], ended(disk).keys()) == (None, {2})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"\xff\x00", b"a\x00b", b"\xef\xbf\xbd\xff", b"x" * 200],
+    ids=["no text", "NUL", "both", "large"],
+)
+@pytest.mark.parametrize("beside", [True, False])
+async def test_d5_what_a_saga_returned_may_be_any_bytes(disk, value, beside, monkeypatch):
+    """What cannot be handed over as text is written by itself, by the same commit as the others (D5, D7)."""
+    monkeypatch.setattr("pysagas.durable._writer.LARGE", 150)
+    begin_runs(disk, 3)
+    async with running(disk) as writer:
+        raised = await end(writer, ending(1, value), ending(2), done=(1,) if beside else ())
+        assert raised == {1: None, 2: None}
+        assert disk.commits() == 2  # that of the batch in whose time they came, and theirs
+
+    assert ended(disk) == {
+        1: ["completed", value, None, 1.5, None],
+        2: ["completed", b"null", None, 1.5, None],
+    }
+    assert disk.numbers() == ([1] if beside else [])
+
+
+async def test_d8_an_end_that_cannot_be_written_fails_alone(disk):
+    """What is wrong with one end is no fault of the file; the others are written (D8)."""
+    begin_runs(disk, 3)
+
+    def allow(connection: sqlite3.Connection) -> None:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+
+    async with running(disk) as writer:
+        await write(writer, allow)
+        raised = await end(writer, ending(1, b"\xff" * 20_000), ending(2))
+
+    assert "journal here cannot do that: string or blob too big" in str(raised[1])
+    assert (raised[2], ended(disk).keys()) == (None, {2})
+
+
+async def test_d8_ends_that_no_text_can_be_made_of_are_written_each_by_itself(disk):
+    """Where the memory is short, for instance: the thread goes on (D8)."""
+    begin_runs(disk, 3)
+    writer = disk.writer()
+
+    def encode_no_ends(records: Any) -> str:
+        if isinstance(records, list):
+            raise MemoryError
+        return encode(records)
+
+    writer._encode = encode_no_ends
+    await writer.start()
+    assert await end(writer, ending(1), ending(2)) == {1: None, 2: None}
+    await writer.stop()
+
+    assert ended(disk).keys() == {1, 2}
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -1095,7 +1261,7 @@ async def test_a_run_that_is_collected_while_the_lock_is_held_does_not_wait_for_
     async with running(disk) as writer:
         with writer._lock:
             writer.append(1, event(0))
-            writer._queue(insert_all_of, 5)
+            writer._queue(Job(5), insert_all_of)
         await writer.flush(1)
 
         assert disk.numbers() == [0, 5]

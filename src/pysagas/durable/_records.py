@@ -15,25 +15,28 @@ import sqlite3
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ._errors import JournalError
 from ._events import Event, EventKind, Path
 
 __all__ = [
     "BEGIN_RUNS",
-    "END_RUNS",
     "LARGE",
+    "NOTHING",
     "OLDEST",
+    "End",
     "Events",
     "Record",
     "Written",
+    "end_run",
     "insert",
-    "insert_all",
     "is_journal",
     "is_of_statement",
     "next_number",
     "prepare",
+    "prepare_put",
+    "put",
     "written",
 ]
 
@@ -152,30 +155,71 @@ def _bytes(data: str | dict[str, str] = "") -> bytes:
     return data.encode() if isinstance(data, str) else b64decode(data["base64"])
 
 
+class End(NamedTuple):
+    """How a run ended: its key, its state, what it returned, what it raised, and when."""
+
+    run: int
+    state: str
+    value: bytes
+    error: str | None
+    at: float
+
+
 # One statement, which lets go of the interpreter lock once: a busy event loop does not soon give it back.
-# And one text: to hand over each value by itself takes time of the interpreter, which all wait for.
-_PUT_ALL = """INSERT INTO records (run, seq, events)
-    SELECT CAST(key AS INTEGER), CAST(substr(key, instr(key, '/') + 1) AS INTEGER), value
-    FROM json_each(?)"""
-_PUT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
+# And two texts: to hand over each value by itself takes time of the interpreter, which all wait for. The
+# view, and what is done in place of an insert into it, are this connection's own; no file holds them.
+_PREPARE_PUT = (
+    "PRAGMA temp_store = MEMORY",  # a disk that is full, or /tmp, says nothing of it
+    "CREATE TEMP VIEW put AS SELECT NULL AS records, NULL AS ends",
+    """CREATE TEMP TRIGGER put_all INSTEAD OF INSERT ON put BEGIN
+        INSERT INTO records (run, seq, events)
+            SELECT CAST(key AS INTEGER), CAST(substr(key, instr(key, '/') + 1) AS INTEGER), value
+            FROM json_each(NEW.records);
+        UPDATE runs SET
+            state = json_extract(its.value, '$[1]'), value = CAST(json_extract(its.value, '$[2]') AS BLOB),
+            error = json_extract(its.value, '$[3]'), ended = json_extract(its.value, '$[4]'), owner = NULL
+            FROM json_each(NEW.ends) AS its WHERE runs.id = json_extract(its.value, '$[0]');
+    END""",
+)
+_PUT = "INSERT INTO put (records, ends) VALUES (?, ?)"
+_INSERT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
+
+NOTHING = "[]"
+"""The text of no records, and of no ends."""
 
 # In characters. There is an end to what SQLite takes as one text, and it makes copies of it.
 LARGE = 10_000_000
 
 
-def insert_all(connection: sqlite3.Connection, records: str) -> None:
-    """Puts records into the file, by one statement.
+def prepare_put(connection: sqlite3.Connection) -> None:
+    """Makes what `put` needs."""
+    for statement in _PREPARE_PUT:
+        connection.execute(statement)
+
+
+def put(connection: sqlite3.Connection, records: str, ends: str) -> None:
+    """Puts records into the file, and how runs end, by one statement.
 
     Args:
         connection: To the file.
         records: For the run of each and the number of its first event, as ``17/5``, its events, as JSON.
+        ends: A list of `End`, as JSON: of those whose values are text.
     """
-    connection.execute(_PUT_ALL, (records,))
+    connection.execute(_PUT, (records, ends))
+
+
+def end_run(connection: sqlite3.Connection, end: End) -> None:
+    """Puts into the file how a run ends, of which the value may be any bytes, and of any size."""
+    run, *ending = end
+    connection.execute(
+        "UPDATE runs SET state = ?, value = ?, error = ?, ended = ?, owner = NULL WHERE id = ?",
+        (*ending, run),
+    )
 
 
 def insert(connection: sqlite3.Connection, records: Iterable[Record]) -> None:
     """Puts records into the file, each by itself."""
-    connection.executemany(_PUT, records)
+    connection.executemany(_INSERT, records)
 
 
 # So many rows at most are given to one statement; there is an end to the values that SQLite takes.
@@ -223,13 +267,6 @@ BEGIN_RUNS = Many(
     "INSERT INTO runs (run_id, saga, version, args, state, owner, started) SELECT * FROM",
     7,
     "WHERE column1 IS NOT NULL",
-)
-
-# Each row: its id, state, value, error, ended.
-END_RUNS = Many(
-    "UPDATE runs SET state = column2, value = column3, error = column4, ended = column5, owner = NULL FROM",
-    5,
-    "WHERE id = column1",
 )
 
 

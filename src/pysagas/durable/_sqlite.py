@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -32,18 +31,19 @@ from ._locks import is_locked, make_file, take_lock
 from ._memory import in_words, not_so_any_more, other_run
 from ._records import (
     BEGIN_RUNS,
-    END_RUNS,
     OLDEST,
+    End,
     Events,
     insert,
     is_journal,
     is_of_statement,
     next_number,
     prepare,
+    prepare_put,
     written,
 )
 from ._storage import Claim, Ending, RunGone, Stored
-from ._writer import Work, Writer
+from ._writer import Writer
 
 __all__ = ["SQLiteJournal"]
 
@@ -111,7 +111,6 @@ class SQLiteJournal(Journal):
         self._owed: dict[int, _Owed] = {}
         self._tried: dict[int, _Owed] = {}
         self._is_opening = False
-        self._end_all: Work[_End, None]
 
     def __repr__(self) -> str:
         return f"<SQLiteJournal {self._path}>"
@@ -158,7 +157,6 @@ class SQLiteJournal(Journal):
         finally:
             self._is_opening = False
         self._writer = self._last_writer = writer
-        self._end_all = partial(_end_all, writer)
         return self
 
     async def __aexit__(
@@ -249,6 +247,7 @@ class SQLiteJournal(Journal):
             ).lastrowid,
         )
         connection.execute("COMMIT")
+        prepare_put(connection)
 
     def _use_wal(self, connection: sqlite3.Connection) -> None:
         """Switches to WAL mode, and waits its turn where others open the file at the same time.
@@ -459,9 +458,8 @@ class SQLiteJournal(Journal):
 
     async def _end(self, key: int, ending: Ending) -> None:
         error = None if ending.error is None else json.dumps(ending.error)
-        row = (key, ending.state.value, ending.value, error, time.time())
         writer = self._open()
-        _, late = await writer.call_surely(self._end_all, row, together=True, first=True, shield=True)
+        late = await writer.end(End(key, ending.state.value, ending.value, error, time.time()))
         writer.forget(key)
         if late is not None:
             raise late
@@ -580,17 +578,6 @@ class SQLiteJournal(Journal):
         if late is not None:
             raise late
         return count
-
-
-_End = tuple[int, str, bytes, str | None, float]
-"""How a run ended: its key, state, value, error, and when."""
-
-
-def _end_all(writer: Writer, connection: sqlite3.Connection, ends: list[_End]) -> list[None]:
-    for key, *_ in ends:
-        writer.check(key)
-    END_RUNS.execute(connection, ends)
-    return [None] * len(ends)
 
 
 class _Wanted(NamedTuple):
