@@ -108,7 +108,9 @@ class WatchedJournal(SQLiteJournal):
     def _prepare(self, connection: sqlite3.Connection) -> None:
         def trace(statement: str) -> None:
             # An INSERT is a transaction by itself, where a batch has nothing but records.
-            if statement.startswith(("CREATE", "COMMIT", "INSERT INTO put", "PRAGMA user_version =")):
+            if statement.startswith(
+                ("CREATE", "COMMIT", "INSERT INTO records", "INSERT INTO put", "PRAGMA user_version =")
+            ):
                 self._at(f"before {statement.split(maxsplit=1)[0]} of the journal")
 
         connection.set_trace_callback(trace)

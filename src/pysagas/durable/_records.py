@@ -166,22 +166,26 @@ class End(NamedTuple):
 
 
 # One statement, which lets go of the interpreter lock once: a busy event loop does not soon give it back.
-# And two texts: to hand over each value by itself takes time of the interpreter, which all wait for. The
-# view, and what is done in place of an insert into it, are this connection's own; no file holds them.
+# And a text: to hand over each value by itself takes time of the interpreter, which all wait for.
+_PUT_RECORDS = """INSERT INTO records (run, seq, events)
+    SELECT CAST(key AS INTEGER), CAST(substr(key, instr(key, '/') + 1) AS INTEGER), value
+    FROM json_each({})"""
+
+# Ends besides, by one statement as well. The view, and what is done in place of an insert into it, are this
+# connection's own; no file holds them.
 _PREPARE_PUT = (
     "PRAGMA temp_store = MEMORY",  # a disk that is full, or /tmp, says nothing of it
     "CREATE TEMP VIEW put AS SELECT NULL AS records, NULL AS ends",
-    """CREATE TEMP TRIGGER put_all INSTEAD OF INSERT ON put BEGIN
-        INSERT INTO records (run, seq, events)
-            SELECT CAST(key AS INTEGER), CAST(substr(key, instr(key, '/') + 1) AS INTEGER), value
-            FROM json_each(NEW.records);
+    f"""CREATE TEMP TRIGGER put_all INSTEAD OF INSERT ON put BEGIN
+        {_PUT_RECORDS.format("NEW.records")};
         UPDATE runs SET
             state = json_extract(its.value, '$[1]'), value = CAST(json_extract(its.value, '$[2]') AS BLOB),
             error = json_extract(its.value, '$[3]'), ended = json_extract(its.value, '$[4]'), owner = NULL
             FROM json_each(NEW.ends) AS its WHERE runs.id = json_extract(its.value, '$[0]');
-    END""",
+    END""",  # noqa: S608 - of constants
 )
-_PUT = "INSERT INTO put (records, ends) VALUES (?, ?)"
+_PUT = _PUT_RECORDS.format("?")
+_PUT_BOTH = "INSERT INTO put (records, ends) VALUES (?, ?)"
 _INSERT = "INSERT INTO records (run, seq, events) VALUES (?, ?, ?)"
 
 NOTHING = "[]"
@@ -205,7 +209,10 @@ def put(connection: sqlite3.Connection, records: str, ends: str) -> None:
         records: For the run of each and the number of its first event, as ``17/5``, its events, as JSON.
         ends: A list of `End`, as JSON: of those whose values are text.
     """
-    connection.execute(_PUT, (records, ends))
+    if ends == NOTHING:  # as most often; what the trigger does besides takes its time
+        connection.execute(_PUT, (records,))
+    else:
+        connection.execute(_PUT_BOTH, (records, ends))
 
 
 def end_run(connection: sqlite3.Connection, end: End) -> None:
