@@ -118,6 +118,28 @@ async def test_what_comes_in_the_moment_of_the_end_is_told():
     assert type(await waiting) is expected
 
 
+@on_asyncio_only
+async def test_one_that_is_closed_ends():
+    """Nobody can wait in a coroutine that is closed; what it waited for goes on without it."""
+    work = Work()
+    waiting = surely(work.wait)
+    waiting.send(None)
+    await wait_all_tasks_blocked()
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        waiting.close()  # a task group does not let go of its tasks at once
+    waiting.close()
+    work.over.set()
+    await wait_all_tasks_blocked()
+
+    assert work.waits == 1
+
+
+def test_without_an_event_loop_nothing_is_waited_for():
+    """A coroutine that the garbage collector resumes when its event loop has ended does not try for ever."""
+    with pytest.raises(anyio.NoEventLoopError):
+        surely(Work.wait).send(None)
+
+
 async def test_a_scope_that_is_cancelled_is_noticed_afterwards():
     """A cancelled scope cuts nothing off, and what waits has nothing to tell of it."""
     work = Work()

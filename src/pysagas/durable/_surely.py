@@ -26,10 +26,12 @@ async def surely(wait: Callable[[], Awaitable[object]]) -> BaseException | None:
     Raises:
         BaseException: What the function raised; where an interruption came too, that, with the other as its
             cause.
+        GeneratorExit: This coroutine is closed, so that it cannot wait.
+        Exception: There is no event loop (any more) in which it could.
     """
     failure: BaseException | None = None
     late: BaseException | None = None
-    is_over = False
+    is_over = is_closed = False
 
     async def waited(told: anyio.Event) -> None:
         nonlocal failure, late, is_over
@@ -54,12 +56,20 @@ async def surely(wait: Callable[[], Awaitable[object]]) -> BaseException | None:
                 while not told.is_set():
                     try:
                         await told.wait()
+                    except GeneratorExit:
+                        is_closed = True
+                        raise
                     except BaseException as error:
                         # The group cancels itself where its task was cancelled before it had begun.
-                        if isinstance(error, GeneratorExit) or tasks.cancel_scope.cancel_called:
+                        if tasks.cancel_scope.cancel_called:
                             raise
                         late = error
         except BaseException as error:
+            # The group may have made something else of it, as it cannot wait for its task either.
+            if is_closed:
+                raise GeneratorExit from error
+            if isinstance(error, GeneratorExit | Exception):
+                raise
             late = error
     if failure is None:
         return late
