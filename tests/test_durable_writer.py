@@ -308,6 +308,27 @@ async def test_d3_the_events_of_a_run_are_numbered_in_their_order(disk):
         assert writer._numbers == {2: 8, 3: 1}
 
 
+async def test_d2_an_event_in_which_ctrl_c_was_met_leaves_none_that_is_not_waited_for(disk):
+    """A KeyboardInterrupt comes at any line; what is recorded of the run after it is waited for (D2)."""
+
+    class Interrupting(dict):
+        def __setitem__(self, run: int, batch: Any) -> None:
+            writer._batch_of = dict(self)
+            raise KeyboardInterrupt
+
+    async with running(disk) as writer:
+        async with busy(writer):
+            writer._batch_of = Interrupting()
+            with pytest.raises(KeyboardInterrupt):
+                writer.append(1, event(0))
+            writer.append(1, event(1))
+            flushed = writer.flush(1)
+            assert 1 in writer._batch_of
+        await flushed
+
+        assert disk.numbers() == [1]
+
+
 @pytest.mark.parametrize("runs", [1, 2, 3, 4, FEW, FEW + 1, 63, 64, 150])
 async def test_d7_however_many_runs_a_batch_has_all_are_written(disk, runs):
     """Of however many runs something is queued, none is left out, and none written twice (D7)."""

@@ -138,8 +138,9 @@ class Writer:
             if run in batch.events:
                 batch.events[run].append(event)
             else:
-                batch.events[run] = [event]
+                # In this order: a KeyboardInterrupt between must leave nothing that is not waited for.
                 self._batch_of[run] = batch
+                batch.events[run] = [event]
             if self._waits:
                 self._tell()
 
@@ -241,9 +242,8 @@ class Writer:
         """
         job: Job[End, None] = Job(end)
         with self._lock:
-            batch = self._open_batch()
+            batch = self._batch_of[end.run] = self._open_batch()
             batch.add_end(job)
-            self._batch_of[end.run] = batch
             self._tell()
         _, late = await self._surely(batch, job, shield=True)
         return late
