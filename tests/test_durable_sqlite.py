@@ -1029,6 +1029,44 @@ async def test_d8_a_commit_that_all_tasks_are_cancelled_in_is_waited_for(path):
     assert ("compensating", "a") not in kinds(path)
 
 
+async def test_d8_what_is_taken_back_when_the_journal_is_closed_is_recorded(path):
+    """Or a recovery that resumes would carry on a run of which the beginning is gone (D8)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+
+    async def close() -> None:
+        if journal._writer is not None:
+            await journal.__aexit__(None, None, None)
+
+    whole = Saga([shop.step("a"), Step(close, None, name="close"), shop.step("b")], name="s")
+    with pytest.raises(JournalError, match="not open"):
+        await journal.run(whole, run_id="r")
+    assert (journal._owed, journal._lock) == ({}, None)
+    async with SQLiteJournal(path) as another:
+        report = await another.recover([whole], on_crash="resume")
+
+    assert [one.state for one in report.recovered] == [RunState.COMPENSATED]
+    assert (shop.there, "b" in shop.log) == (set(), False)
+
+
+async def test_d8_a_closed_journal_makes_no_new_file(path):
+    """Where its file is gone when a run of it ends, there is nothing to record that in (D8)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+
+    async def close_and_remove() -> None:
+        await journal.__aexit__(None, None, None)
+        path.unlink()
+
+    whole = Saga([shop.step("a"), Step(close_and_remove, None, name="close"), shop.step("b")], name="s")
+    with pytest.raises(JournalError, match="not open"):
+        await journal.run(whole, run_id="r")
+
+    assert (shop.there, path.exists(), journal._lock) == (set(), False, None)
+
+
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 async def test_d8_what_is_owed_anew_is_not_struck_off_with_what_was_owed_before(path):
     """A run that was taken up and let go again, while its first letting go was tried, is owed still (D8)."""
@@ -1807,7 +1845,7 @@ async def test_d8_an_end_that_cannot_be_recorded_of_a_run_that_failed(expected, 
 
 
 async def test_d8_a_journal_that_is_closed_in_the_middle_of_a_run_takes_it_back(path):
-    """Closed while a run is under way, a journal takes it back, and what it had recorded is there (D8)."""
+    """Closed while a run is under way, a journal takes it back; what was recorded is there, and that too (D8)."""
     shop = Shop()
     journal = SQLiteJournal(path)
     async with AsyncExitStack() as stack:
@@ -1816,7 +1854,12 @@ async def test_d8_a_journal_that_is_closed_in_the_middle_of_a_run_takes_it_back(
             await stack.aclose()
         assert shop.log == ["a", "-a"]
 
-    assert kinds(path) == [("started", "a"), ("done", "a"), ("started", "pause")]
+    assert kinds(path) == [
+        ("started", "a"),
+        ("done", "a"),
+        ("started", "pause"),
+        ("interrupted", "s"),
+    ]
     info = await recovered_by_another(path, whole)
     assert (info.state, shop.there) == (RunState.COMPENSATED, set())
 

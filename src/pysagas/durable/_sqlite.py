@@ -17,11 +17,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast
 from uuid import uuid4
+
+import anyio
 
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
@@ -43,6 +46,7 @@ from ._records import (
     written,
 )
 from ._storage import Claim, Ending, RunGone, Stored
+from ._surely import surely
 from ._writer import Writer
 
 __all__ = ["SQLiteJournal"]
@@ -361,8 +365,11 @@ class SQLiteJournal(Journal):
         record = None if last is None else self._events_in.encode([written(*last)])
         # Or a recovery that resumes would carry on what has been taken back.
         self._owed[key] = _Owed(self._owner, key, record)
-        with suppress(JournalError):
-            await self._pay(key)
+        if self._writer is None:
+            await self._pay_by_itself(key)
+        else:
+            with suppress(JournalError):
+                await self._pay(key)
 
     async def _pay(self, in_hand: int | None = None) -> None:
         """Lets go of all runs of which that is owed, and nobody tries it already.
@@ -394,6 +401,30 @@ class SQLiteJournal(Journal):
                     else:
                         self._owed.setdefault(key, owed)
                     del self._tried[key]
+        if late is not None:
+            raise late
+
+    async def _pay_by_itself(self, key: int) -> None:
+        """Lets go of the runs of which that is owed when the journal is closed already, and nobody else would."""
+
+        def settle() -> None:
+            # A file that is gone is not made anew.
+            address = f"{self._path.as_uri()}?mode=rw"
+            with (
+                suppress(sqlite3.Error),
+                closing(
+                    sqlite3.connect(address, uri=True, timeout=self._busy_timeout, isolation_level=None)
+                ) as connection,
+            ):
+                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+                connection.execute("BEGIN IMMEDIATE")
+                settled = self._settle(connection, [*self._owed.values()], key)
+                connection.execute("COMMIT")
+                for one in settled:
+                    self._strike_off(one)
+
+        with anyio.CancelScope(shield=True):
+            late = await surely(partial(anyio.to_thread.run_sync, settle))
         if late is not None:
             raise late
 
