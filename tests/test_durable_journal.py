@@ -25,6 +25,7 @@ from pysagas import (
     AlreadyCommitted,
     Commit,
     CompensationFailed,
+    Effect,
     Parallel,
     Saga,
     SagaError,
@@ -912,6 +913,97 @@ async def test_d8_an_outcome_takes_back_no_run_that_was_pruned(journal, shop):
         await outcome.rollback()
 
     assert ["a"] == shop.log
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_d8_what_a_run_has_left_behind_does_no_harm_to_others(committed, disk, shop):
+    """A step that outlives its run is taken back, and nothing of it recorded where nobody would look (D8)."""
+    begun, go = Event(), Event()
+    refused: list[str] = []
+
+    @saga(name="left")
+    async def left(scope: SagaScope) -> None:
+        await scope.step(shop.step("a"))
+        if committed:
+            await scope.commit()
+        tasks.start_soon(outlive, scope)
+        await begun.wait()
+
+    async def wait() -> None:
+        begun.set()
+        await go.wait()
+
+    async def outlive(scope: SagaScope) -> None:
+        with pytest.raises(JournalError, match="the run has ended"):
+            await scope.step(Saga([shop.step("b"), Step(wait), shop.step("c")], name="inner"))
+        refused.append("c")
+
+    async with disk.process() as journal, create_task_group() as tasks:
+        with pytest.raises(ScopeBusy):
+            await journal.run(left, run_id="left")
+        before = await journal.history("left")
+        others = [
+            Saga([shop.step(f"{name} {number}") for number in range(5)], name=name) for name in "xyz"
+        ]
+        go.set()
+        async with create_task_group() as runs:
+            for other in others:
+                runs.start_soon(partial(journal.run, other, run_id=other.name))
+        states = {info.run_id: info.state for info in await journal.runs()}
+        assert before == await journal.history("left")
+        if disk.kind == "sqlite":
+            assert ({}, {}) == (journal._writer._numbers, journal._writer._lost)
+
+    assert refused == ["c"]
+    assert states == {"left": RunState.FAILED, **dict.fromkeys("xyz", RunState.COMPLETED)}
+    assert {"b", "c"}.isdisjoint(shop.there)
+    assert "b" in shop.log
+
+
+async def test_d8_a_later_rollback_of_which_the_end_is_not_taken_is_recovered(disk, shop):
+    """All is taken back, and the journal cannot say so: it lets go of the run, for whoever recovers it (D8)."""
+    whole = Saga([shop.step("a"), shop.step("b")], name="s")
+    async with disk.process() as journal:
+        outcome = await journal.run(whole, run_id="r")
+        end = journal._end
+
+        async def full(*args: Any) -> None:
+            journal._end = end
+            raise JournalError("full")
+
+        journal._end = full
+        with pytest.raises(JournalError, match="full"):
+            await outcome.rollback()
+        assert [(RunState.RUNNING, False)] == [
+            (info.state, info.alive) for info in await journal.runs()
+        ]
+        assert (await journal.recover([whole], on_crash="resume")).ok
+        assert RunState.COMPENSATED is (await journal.info("r")).state
+    assert set() == shop.there
+
+
+async def test_d1_what_a_middleware_returns_in_place_of_a_failure_is_no_value(journal, shop):
+    """A run that is taken back ends as it does without a journal, whoever swallows what it failed by (D1)."""
+
+    async def swallow(effect: Effect, call_next: Any) -> object:
+        try:
+            return await call_next()
+        except Boom:
+            if effect.kind != "saga":
+                raise
+            return "swallowed"
+
+    whole = Saga(
+        [shop.step("a"), shop.step("b", fails=Boom("b"))],
+        name="s",
+        middleware=[swallow],
+        exceptions=Boom,
+    )
+    outcome = await journal.run(whole, run_id="r")
+
+    assert (SagaState.COMPENSATED, "Boom('b')") == (outcome.state, repr(outcome.error))
+    assert RunState.COMPENSATED is (await journal.info("r")).state
+    assert set() == shop.there
 
 
 async def test_d8_a_later_rollback_that_the_journal_does_not_take_is_recovered(disk, shop):

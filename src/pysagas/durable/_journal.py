@@ -504,13 +504,17 @@ class Journal(Storage):
             raise
         replay = middleware.replay
         try:
-            outcome = await saga.run_with(
-                *call,
-                run_id=run_id,
-                carried_on=middleware.carried_on,
-                middleware=[middleware],
-                exceptions=exceptions,
-            )
+            try:
+                outcome = await saga.run_with(
+                    *call,
+                    run_id=run_id,
+                    carried_on=middleware.carried_on,
+                    middleware=[middleware],
+                    exceptions=exceptions,
+                )
+            finally:
+                # Before anything is awaited: a task that it has left behind may go on meanwhile.
+                middleware.recorder.close()
         except BaseException as error:
             if replay.abandoned is not None:
                 await self._leave_as_it_was(claim, replay.abandoned)
@@ -551,6 +555,7 @@ class Journal(Storage):
             # Before anything is taken back: another process may have done so, or forgotten the run.
             late = await self._open_again(key)
             middleware.reopened = True
+            middleware.recorder.open_again()
             later: Outcome[Any] | None = None
             try:
                 later = await outcome.rollback()
@@ -558,14 +563,25 @@ class Journal(Storage):
                 later = outcome_of(error)
                 raise
             finally:
-                if later is None or middleware.recorder.broken is not None:
-                    await self._release(key, middleware.interruption())
-                else:
-                    await self._end(key, Ending(STATES[later.state], b"", None))
+                middleware.recorder.close()
+                await self._ended_later(key, middleware, later)
         if late is not None:
             raise late
         assert later is not None
         return later
+
+    async def _ended_later(
+        self, key: int, middleware: RunMiddleware, later: Outcome[Any] | None
+    ) -> None:
+        if later is not None and middleware.recorder.broken is None:
+            try:
+                await self._end(key, Ending(STATES[later.state], b"", None))
+            except BaseException as raised:
+                if _failure_in(raised) is not None:
+                    await self._release(key, middleware.interruption())
+                raise
+        else:
+            await self._release(key, middleware.interruption())
 
     async def _taken_back_already(self, key: int, run_id: str, saga: str) -> Outcome[Any] | None:
         """Gives the outcome of a completed run that somebody else has taken back meanwhile."""
@@ -625,9 +641,8 @@ class Journal(Storage):
         try:
             await self._end(claim.key, Ending(STATES[outcome.state], value, recorded))
         except BaseException as raised:
-            # An interruption that came meanwhile goes over the failure.
-            failure = raised if isinstance(raised, JournalError) else raised.__cause__
-            if not isinstance(failure, JournalError):
+            failure = _failure_in(raised)
+            if failure is None:
                 raise
             middleware.recorder.broken = failure
             interruption = _interruption(middleware)
@@ -690,6 +705,12 @@ def check_run(saga: object, run_id: object, exceptions: Any, call: str = "journa
         if not (isinstance(given, type) and issubclass(given, Exception)):
             raise TypeError(f"{place}: exceptions must be exception types, and hold {given!r}")
     return place
+
+
+def _failure_in(raised: BaseException) -> JournalError | None:
+    """Gives why something was not written: an interruption that came meanwhile goes over that."""
+    failure = raised if isinstance(raised, JournalError) else raised.__cause__
+    return failure if isinstance(failure, JournalError) else None
 
 
 def _interruption(middleware: RunMiddleware) -> Event | None:

@@ -45,15 +45,29 @@ STARTED: Final = EventKind.STARTED
 ENDED = {EventKind.DONE, EventKind.ANSWERED, EventKind.FAILED}
 
 
+class _Over:
+    """Where the events of a run go that has ended, or was let go."""
+
+    def _append(self, *event: object) -> None:
+        """Forgets it: in the journal the run has ended, and what it does yet, nobody would take up."""
+
+    def _flush(self, _: int) -> NoReturn:
+        raise JournalError(
+            "the run has ended, so nothing of it is recorded, and nothing more may begin"
+        )
+
+
 class Recorder:
     """Records what happens in one run, for as long as that is possible."""
 
-    __slots__ = ("_key", "_storage", "broken")
+    __slots__ = ("_goes_to", "_key", "_storage", "broken")
 
     def __init__(self, storage: Storage, key: int) -> None:
         """Makes the one of a run: where its events go, and by which key that knows it."""
         self._storage = storage
         self._key = key
+        # The same, or nothing where the run has ended: a task that it has left behind may go on.
+        self._goes_to: Storage | _Over = storage
         # Why nothing more is recorded, though the run goes on.
         self.broken: JournalError | None = None
 
@@ -61,7 +75,7 @@ class Recorder:
         """Takes an event; it has happened, recorded or not."""
         if self.broken is None:
             try:
-                self._storage._append(self._key, kind, path, name, data)
+                self._goes_to._append(self._key, kind, path, name, data)
             except JournalError as error:
                 self.broken = error  # what follows will not
 
@@ -73,7 +87,20 @@ class Recorder:
         """
         if self.broken is not None:
             raise self.broken
-        return self._storage._flush(self._key)
+        return self._goes_to._flush(self._key)
+
+    def close(self) -> None:
+        """Records nothing more, as the run ends, or is let go."""
+        self._goes_to = _Over()
+
+    def open_again(self) -> None:
+        """Records what happens from now on."""
+        self._goes_to = self._storage
+        self.broken = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self._goes_to is not self._storage
 
 
 class RunMiddleware:
@@ -88,6 +115,7 @@ class RunMiddleware:
         "_resume",
         "_saga",
         "_settled",
+        "_taken_back",
         "carried_on",
         "committed",
         "recorder",
@@ -129,6 +157,8 @@ class RunMiddleware:
         self._resume = resume
         # Whether the run has passed its commit, as far as that is met.
         self.committed = False
+        # Whether the whole of it is taken back: what a middleware returns then is not its value.
+        self._taken_back = False
         # The groups of which a member was interrupted, or cancelled.
         self._cut_short: frozenset[Path] = frozenset()
         # Where an action returned what could not be recorded, and only an undo takes it back.
@@ -212,7 +242,7 @@ class RunMiddleware:
         replay.check_over(effect)
         if is_group or replay.is_member(effect):
             await self._end(effect, EventKind.JOINED)
-        if not effect.path:
+        if not effect.path and not self._taken_back:
             replay.check_completed()
             if self.recorder.broken is not None:
                 raise self.recorder.broken  # what is on disk is not what the caller would be told
@@ -327,6 +357,8 @@ class RunMiddleware:
     # --- the way back --------------------------------------------------------------------------------
 
     async def _rollback(self, effect: Effect, call_next: CallNext) -> object:
+        if not effect.path:
+            self._taken_back = True
         if not await self.replay.meet(effect):
             await self.replay.park(effect, forward=False)
             self.recorder.append(
@@ -379,7 +411,8 @@ class RunMiddleware:
 
     def _break(self, error: JournalError) -> NoReturn:
         """Records nothing more: what was lost leaves a gap, after which nothing can be."""
-        self.recorder.broken = error
-        if self.goes_on:
-            self.replay.abandon(error)
+        if not self.recorder.is_closed:
+            self.recorder.broken = error
+            if self.goes_on:
+                self.replay.abandon(error)
         raise error
