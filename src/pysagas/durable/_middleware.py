@@ -57,6 +57,9 @@ class _Over:
         )
 
 
+_OVER: Final = _Over()
+
+
 class Recorder:
     """Records what happens in one run, for as long as that is possible."""
 
@@ -91,7 +94,7 @@ class Recorder:
 
     def close(self) -> None:
         """Records nothing more, as the run ends, or is let go."""
-        self._goes_to = _Over()
+        self._goes_to = _OVER
 
     def open_again(self) -> None:
         """Records what happens from now on."""
