@@ -9,7 +9,7 @@ import re
 import time
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from datetime import UTC, datetime
 from functools import partial
@@ -55,6 +55,7 @@ from pysagas.durable import (
 )
 from pysagas.durable._codec import encode_error
 from pysagas.durable._journal import _is_for_all
+from pysagas.durable._middleware import RunMiddleware
 from pysagas.durable._storage import Ending
 
 ENOUGH = 30  # seconds, within which what hangs is found to hang
@@ -70,6 +71,7 @@ class Disk:
         self.path = tmp_path / "sagas.db"
         self.memory = MemoryJournal()
         self.dead = False
+        self.journal_fails = False
         # The shop asks this one whether the process is dead.
         self.shop = Shop(self)  # type: ignore[arg-type]
 
@@ -913,6 +915,93 @@ async def test_d8_an_outcome_takes_back_no_run_that_was_pruned(journal, shop):
         await outcome.rollback()
 
     assert ["a"] == shop.log
+
+
+async def test_d8_what_a_recovery_would_carry_on_is_not_taken_back_by_a_later_failure(disk, shop):
+    """Past its commit, a run of which a result was not recorded is left as it is, whatever fails then (D8)."""
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.commit()
+        await scope.step(shop.step("a"))
+        if disk.journal_fails:
+            raise Boom
+
+    async with disk.process() as journal:
+        append = journal._append
+
+        def full(key: int, kind: EventKind, *event: Any) -> None:
+            if kind is EventKind.DONE:
+                raise JournalError("full")
+            append(key, kind, *event)
+
+        journal._append = full
+        disk.journal_fails = True
+        with pytest.raises(JournalError, match="full"):
+            await journal.run(whole, run_id="r")
+        assert ({"a"}, ["a"]) == (shop.there, shop.log)
+        assert RunState.RUNNING is (await journal.info("r")).state
+    async with disk.process() as journal:
+        disk.journal_fails = False
+        assert (await journal.recover([whole])).ok
+
+    assert {"a"} == shop.there
+
+
+async def test_d4_a_run_that_was_given_up_runs_nothing_more(disk, shop):
+    """A function that catches `SagaChanged`, at the end of what was recorded, comes no further (D4)."""
+
+    @saga(name="s")
+    async def before(scope: SagaScope) -> None:
+        await scope.step(Step(lambda: "one", None, name="a"))
+        await scope.step(shop.step("b"))
+
+    def number() -> int:
+        raise AssertionError  # pragma: no cover - it is recorded
+
+    @saga(name="s")
+    async def after(scope: SagaScope) -> None:
+        with suppress(SagaChanged):
+            await scope.step(Step(number, None, name="a"))
+        await scope.step(shop.step("c"))
+
+    async with disk.process() as journal:
+        append = journal._append
+
+        def die_before_b(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
+            if name == "b":
+                disk.kill(journal)
+                raise Killed
+            append(key, kind, path, name, data)
+
+        journal._append = die_before_b
+        with pytest.raises((Killed, CompensationFailed, BaseExceptionGroup)):
+            await journal.run(before, run_id="r")
+    async with disk.process() as journal:
+        report = await journal.recover([after], on_crash="resume")
+
+    assert "the recorded result of 'a'" in str(report.left[0].error)
+    assert [] == shop.log
+
+
+async def test_d8_nothing_is_recorded_of_a_run_after_it_was_taken_back_later(
+    journal, shop, monkeypatch
+):
+    """Its number is forgotten then, as after any end (D8)."""
+    made = []
+
+    class Noted(RunMiddleware):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("pysagas.durable._journal.RunMiddleware", Noted)
+    outcome = await journal.run(Saga([shop.step("a")], name="s"), run_id="r")
+    assert [True] == [one.recorder.is_closed for one in made]
+    await outcome.rollback()
+
+    assert [True] == [one.recorder.is_closed for one in made]
+    assert "compensated" in [event.kind.value for event in await journal.history("r")]
 
 
 @pytest.mark.parametrize("committed", [True, False])

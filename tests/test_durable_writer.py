@@ -854,7 +854,8 @@ async def test_d7_how_runs_end_is_written_with_the_last_of_what_they_did(disk):
     assert disk.numbers() == [0, 1, 2]
 
 
-async def test_d7_a_run_ends_with_its_half(disk):
+@pytest.mark.parametrize("beside", [True, False])
+async def test_d7_a_run_ends_with_its_half(disk, beside):
     """Of many runs, those that are written first have their ends written too, and their events before (D7)."""
     begin_runs(disk, MANY)
     disk.under_way = MANY
@@ -867,17 +868,28 @@ async def test_d7_a_run_ends_with_its_half(disk):
             go_on.set()
 
     async with running(disk) as writer:
-        _, go_on = stopped_at_the_second_half(writer)
+        go_on = threading.Event()
+        encode_all, texts = writer._encode, []
+
+        def encode_or_stop(records: Any) -> str:
+            texts.append(records)
+            if len(texts) == (3 if beside else 2):  # the first half is one text, or two
+                assert go_on.wait(ENOUGH)
+            return encode_all(records)
+
+        writer._encode = encode_or_stop
         async with create_task_group() as tasks, busy(writer):
             for run in range(MANY):
-                writer.append(run, event(run))
+                if beside:
+                    writer.append(run, event(run))
                 tasks.start_soon(one, writer, run)
             await wait_all_tasks_blocked()
 
-    first = sorted(woken[:HALF])
-    assert {(records, ends) for _, records, ends in first} == {(HALF, HALF)}
-    assert {(records, ends) for _, records, ends in woken[HALF:]} == {(MANY, MANY)}
-    assert disk.numbers() == [*(run for run, *_ in first), *sorted(run for run, *_ in woken[HALF:])]
+    first, second = woken[:HALF], woken[HALF:]
+    assert {(records, ends) for _, records, ends in first} == {(HALF * beside, HALF)}
+    assert {(records, ends) for _, records, ends in second} == {(MANY * beside, MANY)}
+    if beside:
+        assert set(disk.numbers()[:HALF]) == {run for run, *_ in first}
 
 
 async def test_d8_a_run_does_not_end_of_which_something_is_lost(disk):
@@ -910,6 +922,7 @@ async def test_d5_what_a_saga_returned_may_be_any_bytes(disk, value, beside, mon
         raised = await end(writer, ending(1, value), ending(2), done=(1,) if beside else ())
         assert raised == {1: None, 2: None}
         assert disk.commits() == 2  # that of the batch in whose time they came, and theirs
+        assert any(statement.startswith("UPDATE") for statement in disk.statements)
 
     assert ended(disk) == {
         1: ["completed", value, None, 1.5, None],

@@ -37,7 +37,6 @@ class _Group(NamedTuple):
 
     work: Work[Any, Any]
     jobs: list[Job[Any, Any]]
-    may_grow: bool
 
 
 class Batch:
@@ -79,15 +78,14 @@ class Batch:
         self.events.setdefault(job.row.run, [])
         self.ends.append(job)
 
-    def add(self, work: Work[Row, T], job: Job[Row, T], *, may_grow: bool, reads: bool) -> None:
-        """Adds a function and its row; or the row alone, where the last function is the same and may grow."""
+    def add(self, work: Work[Row, T], job: Job[Row, T], *, together: bool, reads: bool) -> None:
+        """Adds a function and its row; or the row alone, to the last function, where that is the same."""
         # Who looks on must not keep other processes from writing.
         self.reads = self.reads and reads
-        last = self.groups[-1] if self.groups else None
-        if may_grow and last is not None and last.may_grow and last.work == work:
-            last.jobs.append(job)
+        if together and self.groups and self.groups[-1].work == work:
+            self.groups[-1].jobs.append(job)
         else:
-            self.groups.append(_Group(work, [job], may_grow))
+            self.groups.append(_Group(work, [job]))
 
     def size(self) -> int:
         """Gives of how many runs there is something here that can be written without the others'."""
@@ -99,9 +97,9 @@ class Batch:
         """Leaves all but so much for another batch; functions come after all runs."""
         self.rest = rest
         if not self.events:
-            ((work, jobs, may_grow),) = self.groups
-            self.groups = [_Group(work, jobs[:size], may_grow)]
-            rest.groups = [_Group(work, jobs[size:], may_grow)]
+            ((work, jobs),) = self.groups
+            self.groups = [_Group(work, jobs[:size])]
+            rest.groups = [_Group(work, jobs[size:])]
         else:
             for run in list(self.events)[size:]:
                 # A run that is collected just now may have recorded something there already.
@@ -129,18 +127,17 @@ def write(
         texts: What there is of runs, as `put` takes it.
         alone: How runs end of which that is not among it.
     """
-    groups = [*(_Group(_end_alone, [job], may_grow=False) for job in alone), *batch.groups]
+    groups = [*(_Group(_end_alone, [job]) for job in alone), *batch.groups]
     try:
         # One statement is a transaction by itself.
-        if len(texts) <= 1 and not groups:
-            for text in texts:
-                put(connection, *text)
+        if len(texts) == 1 and not groups:
+            put(connection, *texts[0])
             return
         if not texts and len(groups) == 1:
             (group,) = groups
             if len(group.jobs) > 1 and _do_at_once(connection, group):
                 return
-        connection.execute("BEGIN" if batch.reads and not texts and not alone else "BEGIN IMMEDIATE")
+        connection.execute("BEGIN" if batch.reads and not texts else "BEGIN IMMEDIATE")
         for text in texts:
             put(connection, *text)
         for group in groups:

@@ -99,7 +99,6 @@ class Recorder:
     def open_again(self) -> None:
         """Records what happens from now on."""
         self._goes_to = self._storage
-        self.broken = None
 
     @property
     def is_closed(self) -> bool:

@@ -149,13 +149,7 @@ class Replay:
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing to mind for an action: as for `is_clear`, and there is no group either."""
-        return (
-            self._cursor == len(self._history)
-            and not self._groups
-            and self.interrupted is None
-            and self._late is None
-            and self.abandoned is None
-        )
+        return self.is_clear and self.abandoned is None and not self._groups
 
     @property
     def is_clear(self) -> bool:

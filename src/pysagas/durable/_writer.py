@@ -282,7 +282,7 @@ class Writer:
     ) -> Batch:
         with self._lock:
             batch = self._open_batch()
-            batch.add(work, job, may_grow=together, reads=reads)
+            batch.add(work, job, together=together, reads=reads)
             self._tell()
         return batch
 
