@@ -1036,8 +1036,7 @@ async def test_d8_what_is_taken_back_when_the_journal_is_closed_is_recorded(path
     await journal.__aenter__()
 
     async def close() -> None:
-        if journal._writer is not None:
-            await journal.__aexit__(None, None, None)
+        await journal.__aexit__(None, None, None)
 
     whole = Saga([shop.step("a"), Step(close, None, name="close"), shop.step("b")], name="s")
     with pytest.raises(JournalError, match="not open"):
@@ -1048,6 +1047,38 @@ async def test_d8_what_is_taken_back_when_the_journal_is_closed_is_recorded(path
 
     assert [one.state for one in report.recovered] == [RunState.COMPENSATED]
     assert (shop.there, "b" in shop.log) == (set(), False)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_d8_a_cancellation_waits_for_what_is_recorded_after_the_closing(path):
+    """Cancelled natively, a run that is taken back then is in hand until that is on disk (D8, G14)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+    at_work, go = threading.Event(), threading.Event()
+    settle = journal._settle
+
+    def slow(*args: Any) -> set[int]:
+        at_work.set()
+        assert go.wait(ENOUGH)
+        return settle(*args)
+
+    async def close() -> None:
+        await journal.__aexit__(None, None, None)
+        journal._settle = slow
+
+    whole = Saga([shop.step("a"), Step(close, None, name="close"), shop.step("b")], name="s")
+    run = asyncio.ensure_future(journal.run(whole, run_id="r"))
+    assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
+    run.cancel()
+    await wait_all_tasks_blocked()
+    assert (run.done(), journal._in_hand) == (False, {"r"})
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+
+    assert (journal._owed, journal._lock, shop.there) == ({}, None, set())
+    assert ("interrupted", "s") in kinds(path)
 
 
 async def test_d8_a_closed_journal_makes_no_new_file(path):
@@ -1384,8 +1415,7 @@ async def test_d8_what_was_taken_back_unrecorded_is_not_carried_on(closed, path)
             with pytest.raises(JournalError, match="database is locked"):
                 await journal.run(whole, run_id="r")
             somebody.execute("ROLLBACK")
-            if not closed:
-                assert (await journal.recover([whole], on_crash="resume")).ok
+            assert closed or (await journal.recover([whole], on_crash="resume")).ok
         async with SQLiteJournal(path) as journal:
             assert (await journal.recover([whole], on_crash="resume")).ok
             (info,) = await journal.runs()
