@@ -814,24 +814,25 @@ async def test_d8_a_result_that_the_journal_does_not_take_stops_the_run(disk, sh
     assert set() == shop.there
 
 
-async def test_d8_the_error_of_a_journal_that_fails_does_not_grow_with_the_rollback(disk, shop):
-    """Its traceback says where it failed, once, however many compensations cannot be recorded (D8)."""
+@pytest.mark.parametrize("before", [(), (Commit(),)])
+async def test_d8_the_error_of_a_journal_that_fails_does_not_grow_with_the_rollback(before, disk, shop):
+    """Its traceback says where it failed, once, however many compensations are not recorded, or not run (D8)."""
 
-    async def frames(steps: int) -> int:
-        whole = Saga([shop.step(f"{steps} {number}") for number in range(steps)], name="s")
+    async def frames(steps: int) -> tuple[int, int]:
+        parts = [*before, *(shop.step(f"{steps} {number}") for number in range(steps))]
+        whole = Saga(parts, name="s")
         async with disk.process() as journal:
             append = journal._append
 
             def full(key: int, kind: EventKind, path: Any, name: str, data: bytes = b"") -> None:
-                if (kind, path) == (EventKind.STARTED, (steps - 1,)):
+                if (kind, path) == (EventKind.STARTED, (len(parts) - 1,)):
                     raise JournalError("full")
                 append(key, kind, path, name, data)
 
             journal._append = full
             with pytest.raises(JournalError, match="full") as caught:
                 await journal.run(whole, run_id=f"r{steps}")
-        assert set() == shop.there
-        return len(caught.traceback)
+        return len(caught.traceback), len(getattr(caught.value, "__notes__", ()))
 
     assert await frames(2) == await frames(20)
 

@@ -186,7 +186,8 @@ class RunMiddleware:
             assert call_next.step is not None
             return self._run_action(effect, call_next, call_next.step)
         if replay.abandoned is not None:
-            raise replay.abandoned
+            # Anew: the traceback of one, and what the engine notes on it, would grow with each effect.
+            raise type(replay.abandoned)(*replay.abandoned.args)
         if replay.is_member(effect):
             return self._member(effect, call_next)
         return self._handle(effect, call_next)
