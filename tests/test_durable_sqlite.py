@@ -980,9 +980,10 @@ async def test_d6_a_beginning_that_is_cancelled_natively_is_in_hand_until_it_is_
         with pytest.raises(asyncio.CancelledError):
             await first
         assert read(path, "SELECT state, owner FROM runs") == [("running", None)]
-        assert (
+        # What was cancelled before it had begun is not begun by who goes on with it, either.
+        with pytest.raises(RunInterrupted):
             await journal.run(abc(shop), run_id="r", on_crash="resume")
-        ).state is SagaState.COMPLETED
+    assert shop.log == []
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
@@ -1079,6 +1080,103 @@ async def test_d8_a_cancellation_waits_for_what_is_recorded_after_the_closing(pa
 
     assert (journal._owed, journal._lock, shop.there) == ({}, None, set())
     assert ("interrupted", "s") in kinds(path)
+
+
+async def test_d8_what_a_closed_journal_has_to_write_yet_comes_first(path):
+    """A run that is taken back when the journal is closed does not take the place of its own last events (D8)."""
+    shop, began, go = Shop(), threading.Event(), threading.Event()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+
+    def work(_: sqlite3.Connection) -> None:
+        began.set()
+        assert go.wait(ENOUGH)
+
+    async def hold_the_thread() -> None:
+        tasks.start_soon(journal._open().call, work)
+        await anyio.to_thread.run_sync(began.wait, ENOUGH)
+
+    @saga(name="s")
+    async def whole(scope: SagaScope) -> None:
+        await scope.step(hold_the_thread, compensation=lambda: shop.take("x"), name="x")
+        tasks.start_soon(journal.__aexit__, None, None, None)
+        while journal._writer is not None:
+            await anyio.lowlevel.checkpoint()
+        await scope.step(shop.step("b"))
+
+    async def run() -> None:
+        with pytest.raises(JournalError, match="not open"):
+            await journal.run(whole, run_id="r")
+
+    async with create_task_group() as tasks, create_task_group() as runs:
+        runs.start_soon(run)
+        await anyio.to_thread.run_sync(began.wait, ENOUGH)
+        while not shop.log:
+            await anyio.lowlevel.checkpoint()
+        await wait_all_tasks_blocked()
+        assert shop.log == ["-x"]
+        go.set()
+
+    assert kinds(path) == [("started", "x"), ("done", "x"), ("interrupted", "s")]
+
+
+async def test_d8_a_closed_journal_knows_another_file_in_its_place(path):
+    """A run that ends when its file was replaced is none of those that are in the new one (D8)."""
+    shop = Shop()
+    journal = SQLiteJournal(path)
+    await journal.__aenter__()
+
+    async def replace() -> None:
+        await journal.__aexit__(None, None, None)
+        for file in path.parent.iterdir():
+            if "-owner-" not in file.name:
+                file.unlink()
+        new = await stack.enter_async_context(SQLiteJournal(path))
+        await new._claim("other", "s", None, b"[[],{}]", 0.0, create=True)
+
+    whole = Saga([shop.step("a"), Step(replace, None, name="replace"), shop.step("b")], name="s")
+    async with AsyncExitStack() as stack:
+        with pytest.raises(JournalError, match="not open"):
+            await journal.run(whole, run_id="r")
+        assert (journal._owed, kinds(path)) == ({}, [])
+        assert read(path, "SELECT owner FROM runs") == [1]
+
+
+async def test_d1_an_outcome_takes_back_no_other_run_of_its_id(path):
+    """Where its run was pruned, and another one of that id was taken back, nothing was taken back of it (D1)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        outcome = await journal.run(abc(shop), run_id="r")
+        await journal.prune(before=LATER)
+        later = await (await journal.run(abc(shop), run_id="r")).rollback()
+        assert later.state is SagaState.COMPENSATED
+        with pytest.raises(JournalError, match="pruned"):
+            await outcome.rollback()
+
+
+async def test_d7_the_end_of_a_run_does_not_ask_all_others(path):
+    """Whatever statistics of the file somebody has made: of few runs, they plan a look at each of many (D7)."""
+    shop = Shop()
+    whole = abc(shop)
+    async with SQLiteJournal(path) as journal:
+        await journal.run(whole, run_id="r")
+        write(path, "ANALYZE")
+        rows = "WITH RECURSIVE n (n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM n WHERE n < 5000)"
+        write(
+            path,
+            f"{rows} INSERT INTO runs (run_id, saga, args, state, started) "
+            "SELECT 'other ' || n, 's', '[[],{}]', 'completed', 0 FROM n",
+        )
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    async with SQLiteJournal(path) as journal:
+        await on_connection(journal, lambda c: c.set_progress_handler(count, 1000))
+        await journal.run(whole, run_id="r2")
+        assert steps < 5
 
 
 async def test_d8_a_closed_journal_makes_no_new_file(path):

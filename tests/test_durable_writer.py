@@ -910,8 +910,8 @@ async def test_d8_a_run_does_not_end_of_which_something_is_lost(disk):
 
 @pytest.mark.parametrize(
     "value",
-    [b"\xff\x00", b"a\x00b", b"\xef\xbf\xbd\xff", b"x" * 200],
-    ids=["no text", "NUL", "both", "large"],
+    [b"\xff\x00", b"a\x00b", b"\xef\xbf\xbd\xff", b"x" * 200, memoryview(b"ab")],
+    ids=["no text", "NUL", "both", "large", "view"],
 )
 @pytest.mark.parametrize("beside", [True, False])
 async def test_d5_what_a_saga_returned_may_be_any_bytes(disk, value, beside, monkeypatch):
@@ -922,7 +922,7 @@ async def test_d5_what_a_saga_returned_may_be_any_bytes(disk, value, beside, mon
         raised = await end(writer, ending(1, value), ending(2), done=(1,) if beside else ())
         assert raised == {1: None, 2: None}
         assert disk.commits() == 2  # that of the batch in whose time they came, and theirs
-        assert any(statement.startswith("UPDATE") for statement in disk.statements)
+        assert any(statement.startswith("INSERT INTO ended") for statement in disk.statements)
 
     assert ended(disk) == {
         1: ["completed", value, None, 1.5, None],

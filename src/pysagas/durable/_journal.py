@@ -586,7 +586,8 @@ class Journal(Storage):
     async def _taken_back_already(self, key: int, run_id: str, saga: str) -> Outcome[Any] | None:
         """Gives the outcome of a completed run that somebody else has taken back meanwhile."""
         stored = await self._stored(run_id)
-        if stored is None or stored.state is not RunState.COMPENSATED:
+        # (One that was pruned, and begun anew by its id, is another run.)
+        if stored is None or stored.key != key or stored.state is not RunState.COMPENSATED:
             return None
         return compensated(saga, run_id, await self._load(key), self._codec)
 

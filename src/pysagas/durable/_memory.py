@@ -66,7 +66,7 @@ class MemoryJournal(Journal):
             if not create:
                 raise RunGone(f"run {run_id!r}")
             key = self._key_of[run_id] = next(self._keys)
-            self._runs[key] = _Run(Stored(run_id, saga, version, args, RunState.RUNNING), now)
+            self._runs[key] = _Run(Stored(run_id, saga, version, args, RunState.RUNNING, key), now)
             return Claim(key, is_new=True)
         run = self._runs[key]
         problem = other_run(run.stored, saga, args)

@@ -45,7 +45,7 @@ APPLICATION_ID = 0x70736A31
 FORMAT = 2
 
 OLDEST = (3, 33, 0)
-"""The first release of SQLite that has all that is asked of it: UPDATE FROM came last."""
+"""Of 2020; older releases of SQLite were not thought of."""
 
 # For those who look into the file; what is here reads the records themselves.
 EVENTS = """CREATE VIEW events AS SELECT
@@ -171,17 +171,24 @@ _PUT_RECORDS = """INSERT INTO records (run, seq, events)
     SELECT CAST(key AS INTEGER), CAST(substr(key, instr(key, '/') + 1) AS INTEGER), value
     FROM json_each({})"""
 
-# Ends besides, by one statement as well. The view, and what is done in place of an insert into it, are this
-# connection's own; no file holds them.
+# Ends besides, by one statement as well. The views, and what is done in place of an insert into them, are this
+# connection's own; no file holds them. Each end is an UPDATE by key: a join with the table of all runs is planned
+# by statistics that somebody may have made when it was small, and then goes through all of it.
 _PREPARE_PUT = (
     "PRAGMA temp_store = MEMORY",  # a disk that is full, or /tmp, says nothing of it
+    "CREATE TEMP VIEW ended AS SELECT NULL AS run, NULL AS state, NULL AS value, NULL AS error, NULL AS at",
+    """CREATE TEMP TRIGGER end_run INSTEAD OF INSERT ON ended BEGIN
+        UPDATE runs SET
+            state = NEW.state, value = NEW.value, error = NEW.error, ended = NEW.at, owner = NULL
+            WHERE id = NEW.run;
+    END""",
     "CREATE TEMP VIEW put AS SELECT NULL AS records, NULL AS ends",
     f"""CREATE TEMP TRIGGER put_all INSTEAD OF INSERT ON put BEGIN
         {_PUT_RECORDS.format("NEW.records")};
-        UPDATE runs SET
-            state = json_extract(its.value, '$[1]'), value = CAST(json_extract(its.value, '$[2]') AS BLOB),
-            error = json_extract(its.value, '$[3]'), ended = json_extract(its.value, '$[4]'), owner = NULL
-            FROM json_each(NEW.ends) AS its WHERE runs.id = json_extract(its.value, '$[0]');
+        INSERT INTO ended (run, state, value, error, at)
+            SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+                CAST(json_extract(value, '$[2]') AS BLOB), json_extract(value, '$[3]'), json_extract(value, '$[4]')
+            FROM json_each(NEW.ends);
     END""",  # noqa: S608 - of constants
 )
 _PUT = _PUT_RECORDS.format("?")
@@ -217,11 +224,7 @@ def put(connection: sqlite3.Connection, records: str, ends: str) -> None:
 
 def end_run(connection: sqlite3.Connection, end: End) -> None:
     """Puts into the file how a run ends, of which the value may be any bytes, and of any size."""
-    run, *ending = end
-    connection.execute(
-        "UPDATE runs SET state = ?, value = ?, error = ?, ended = ?, owner = NULL WHERE id = ?",
-        (*ending, run),
-    )
+    connection.execute("INSERT INTO ended (run, state, value, error, at) VALUES (?, ?, ?, ?, ?)", end)
 
 
 def insert(connection: sqlite3.Connection, records: Iterable[Record]) -> None:

@@ -211,7 +211,8 @@ class SQLiteJournal(Journal):
     def _close(self, connection: sqlite3.Connection) -> None:
         """Lets go of all runs, of the lock and of the file; on the writer's thread."""
         with suppress(sqlite3.Error):
-            self._settle(connection, [*self._tried.values(), *self._owed.values()])
+            for key in self._settle(connection, [*self._tried.values(), *self._owed.values()]):
+                self._strike_off(key)
         if not self._in_hand:
             with suppress(sqlite3.Error):  # the lock says the same, and goes in any case
                 connection.execute("UPDATE runs SET owner = NULL WHERE owner = ?", (self._owner,))
@@ -300,7 +301,9 @@ class SQLiteJournal(Journal):
         if claim.ending is None:
             self._strike_off(claim.key)  # it was let go first
             if late is not None:
-                await self._release(claim.key)  # it was taken for nobody
+                # It was taken for nobody. What has not begun, and was cancelled, no recovery is to begin.
+                cancelled = Event(EventKind.INTERRUPTED, (), saga, b"", now)
+                await self._release(claim.key, cancelled if claim.is_new else None)
         if late is not None:
             raise late
         return claim
@@ -339,7 +342,7 @@ class SQLiteJournal(Journal):
         if row is None:
             raise RunGone(f"run {run_id!r}")
         key, its_saga, its_version, its_args, state, owner, value, error = row
-        stored = Stored(run_id, its_saga, its_version, its_args, RunState(state))
+        stored = Stored(run_id, its_saga, its_version, its_args, RunState(state), key)
         problem = other_run(stored, saga, args)
         if problem is not None:
             raise OtherRun(problem)
@@ -408,23 +411,33 @@ class SQLiteJournal(Journal):
         """Lets go of the runs of which that is owed when the journal is closed already, and nobody else would."""
 
         def settle() -> None:
-            # A file that is gone is not made anew.
-            address = f"{self._path.as_uri()}?mode=rw"
-            with (
-                suppress(sqlite3.Error),
-                closing(
+            assert self._last_writer is not None
+            self._last_writer.wait_for_end()  # what it has of these runs comes before
+            owed = [*self._owed.values()]
+            settled = {one.key for one in owed}
+            # A file that is gone is not made anew; and in another one that stands there now the run is none of ours.
+            if self._path.exists():
+                address = f"{self._path.as_uri()}?mode=rw"
+                with closing(
                     sqlite3.connect(address, uri=True, timeout=self._busy_timeout, isolation_level=None)
-                ) as connection,
-            ):
-                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-                connection.execute("BEGIN IMMEDIATE")
-                settled = self._settle(connection, [*self._owed.values()], key)
-                connection.execute("COMMIT")
-                for one in settled:
-                    self._strike_off(one)
+                ) as connection:
+                    connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+                    connection.execute("BEGIN IMMEDIATE")
+                    ours = connection.execute(
+                        "SELECT 1 FROM owners WHERE (id, token) = (?, ?)", (self._owner, self._token)
+                    ).fetchone()
+                    if ours:
+                        settled = self._settle(connection, owed, key)
+                    connection.execute("COMMIT")
+            for one in settled:
+                self._strike_off(one)
+
+        def try_to_settle() -> None:
+            with suppress(sqlite3.Error):  # then nobody knows of it, as where closing cannot record it
+                settle()
 
         with anyio.CancelScope(shield=True):
-            late = await surely(partial(anyio.to_thread.run_sync, settle))
+            late = await surely(partial(anyio.to_thread.run_sync, try_to_settle))
         if late is not None:
             raise late
 
@@ -519,9 +532,9 @@ class SQLiteJournal(Journal):
     async def _unfinished(self) -> list[Stored]:
         def unfinished(connection: sqlite3.Connection) -> list[Stored]:
             return [
-                Stored(run_id, saga, version, args, RunState.RUNNING)
-                for run_id, saga, version, args in connection.execute(
-                    "SELECT run_id, saga, version, args FROM runs WHERE state = 'running' ORDER BY id"
+                Stored(run_id, saga, version, args, RunState.RUNNING, key)
+                for run_id, saga, version, args, key in connection.execute(
+                    "SELECT run_id, saga, version, args, id FROM runs WHERE state = 'running' ORDER BY id"
                 )
             ]
 
@@ -530,12 +543,12 @@ class SQLiteJournal(Journal):
     async def _stored(self, run_id: str) -> Stored | None:
         def stored(connection: sqlite3.Connection) -> Stored | None:
             row = connection.execute(
-                "SELECT run_id, saga, version, args, state FROM runs WHERE run_id = ?", (run_id,)
+                "SELECT run_id, saga, version, args, state, id FROM runs WHERE run_id = ?", (run_id,)
             ).fetchone()
             if row is None:
                 return None
-            known, saga, version, args, state = row
-            return Stored(known, saga, version, args, RunState(state))
+            known, saga, version, args, state, key = row
+            return Stored(known, saga, version, args, RunState(state), key)
 
         return await self._open().call(stored)
 

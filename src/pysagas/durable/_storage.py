@@ -57,6 +57,7 @@ class Stored(NamedTuple):
     version: str | None
     args: bytes
     state: RunState
+    key: int
 
 
 class Storage(ABC):

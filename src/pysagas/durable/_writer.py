@@ -116,6 +116,10 @@ class Writer:
         if late is not None:
             raise late
 
+    def wait_for_end(self) -> None:
+        """Waits until all is written, and the database closed; for another thread than that of the event loop."""
+        self._thread.join()
+
     @property
     def is_running(self) -> bool:
         """Whether the thread has not ended."""
@@ -452,10 +456,7 @@ class Writer:
         return [*self._encoded(dict(both[:half])), *self._encoded(dict(both[half:]))]
 
     def _ends(self, batch: Batch) -> tuple[str, list[Job[End, None]]]:
-        """Gives how runs end as text, but for those of which something is lost; and which are no such text.
-
-        A codec may write bytes as it likes, and SQLite ends a text that JSON gives it at its first NUL.
-        """
+        """Gives how runs end as text, but for those of which something is lost; and which are no such text."""
         rows: list[tuple[object, ...]] = []
         jobs: list[Job[End, None]] = []
         alone: list[Job[End, None]] = []
@@ -464,12 +465,12 @@ class Writer:
             if run in self._lost:
                 job.error = self._failure(self._lost[run])
                 continue
-            text = value.decode(errors="replace")
-            if text.encode() == value and "\0" not in text:
-                rows.append((run, state, text, error, at))
-                jobs.append(job)
-            else:
+            as_text = _as_text(value)
+            if as_text is None:
                 alone.append(job)
+            else:
+                rows.append((run, state, as_text, error, at))
+                jobs.append(job)
         try:
             text = self._encode(rows) if rows else ""
         except Exception:
@@ -481,6 +482,19 @@ class Writer:
             self._loop.call_soon(self._finish, batch)
         except RuntimeError:
             pass  # the event loop has ended: nobody waits any more
+
+
+def _as_text(value: bytes) -> str | None:
+    """Gives bytes as the text by which SQLite gets them; None for what it would not get so.
+
+    A codec may write what it likes, as far as SQLite takes it.
+    """
+    try:
+        text = value.decode()
+    except (AttributeError, UnicodeDecodeError):
+        return None
+    # Of a text that comes by way of JSON SQLite takes what stands before the first NUL.
+    return None if "\0" in text else text
 
 
 class _Done(Awaitable[None]):
