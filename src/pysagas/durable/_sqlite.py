@@ -436,6 +436,7 @@ class SQLiteJournal(Journal):
             with suppress(sqlite3.Error):  # then nobody knows of it, as where closing cannot record it
                 settle()
 
+        late: BaseException | None = None
         with anyio.CancelScope(shield=True):
             late = await surely(partial(anyio.to_thread.run_sync, try_to_settle))
         if late is not None:
