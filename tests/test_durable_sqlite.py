@@ -915,6 +915,24 @@ async def thread_held(journal: SQLiteJournal) -> AsyncIterator[None]:
         await holding
 
 
+@asynccontextmanager
+async def thread_held_when(journal: SQLiteJournal, reached: asyncio.Event) -> AsyncIterator[None]:
+    """The same, from when the journal's thread is given what is meant to wait."""
+    encode_or_write, go = journal._open()._texts, threading.Event()
+
+    def hold(batch: Any) -> Any:
+        if reached.is_set():
+            assert go.wait(ENOUGH)
+        return encode_or_write(batch)
+
+    journal._open()._texts = hold
+    await reached.wait()
+    try:
+        yield
+    finally:
+        go.set()
+
+
 def held_at_a_commit(journal: SQLiteJournal) -> tuple[threading.Event, threading.Event]:
     """Stops the thread before it writes the commit of a saga; gives when it is there, and lets it go on."""
     at_work, go = threading.Event(), threading.Event()
@@ -965,6 +983,61 @@ async def test_d6_an_end_that_is_cancelled_natively_is_in_hand_until_it_is_recor
         assert (await journal.run(whole, run_id="r")).state is SagaState.COMPLETED
 
     assert (shop.there, read(path, "SELECT state FROM runs")) == ({"a"}, ["completed"])
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_g8_a_failed_compensation_goes_over_a_cancellation_that_comes_with_the_end(path):
+    """Cancelled natively while it is recorded that something could not be taken back, a run says that (G8)."""
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> None:
+        raise Boom
+
+    async def wait_and_fail() -> None:
+        begun.set()
+        await go.wait()
+        raise Boom
+
+    whole = Saga([Step(fail, wait_and_fail)], name="s")
+    async with SQLiteJournal(path) as journal:
+        run = asyncio.ensure_future(journal.run(whole, run_id="r"))
+        await begun.wait()
+        async with thread_held(journal):
+            go.set()
+            await cancelled_twice(run)
+        with pytest.raises(CompensationFailed) as caught:
+            await run
+
+    assert isinstance(caught.value.__context__, asyncio.CancelledError)
+    assert read(path, "SELECT state FROM runs") == ["failed"]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_g14_a_cancellation_goes_over_what_could_not_be_recorded_of_a_later_rollback(path):
+    """One that came while the run was taken up again is not lost where its end cannot be written (G14)."""
+    shop = Shop()
+    async with SQLiteJournal(path) as journal:
+        outcome = await journal.run(abc(shop), run_id="r")
+        end, reopen = journal._end, journal._reopen
+        reached = asyncio.Event()
+
+        async def full(*_: Any) -> None:
+            journal._end = end
+            raise JournalError("full")
+
+        async def told(*args: Any) -> None:
+            reached.set()
+            await reopen(*args)
+
+        journal._end, journal._reopen = full, told
+        later = asyncio.ensure_future(outcome.rollback())
+        async with thread_held_when(journal, reached):
+            await cancelled_twice(later)
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await later
+
+    assert "full" in str(caught.value.__cause__)
+    assert shop.there == set()
 
 
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)

@@ -564,7 +564,12 @@ class Journal(Storage):
                 raise
             finally:
                 middleware.recorder.close()
-                await self._ended_later(key, middleware, later)
+                try:
+                    await self._ended_later(key, middleware, later)
+                except Exception as failure:
+                    if late is None:
+                        raise
+                    raise late from failure
         if late is not None:
             raise late
         assert later is not None
@@ -644,7 +649,12 @@ class Journal(Storage):
         except BaseException as raised:
             failure = _failure_in(raised)
             if failure is None:
-                raise
+                # It is written. A cancellation that came meanwhile yields to what weighs more (G8).
+                is_cancellation = isinstance(raised, anyio.get_cancelled_exc_class())
+                if error is None or not is_cancellation or not _weighs_more(error):
+                    raise
+                error.__context__ = error.__context__ or raised
+                return
             middleware.recorder.broken = failure
             interruption = _interruption(middleware)
             try:
@@ -712,6 +722,13 @@ def _failure_in(raised: BaseException) -> JournalError | None:
     """Gives why something was not written: an interruption that came meanwhile goes over that."""
     failure = raised if isinstance(raised, JournalError) else raised.__cause__
     return failure if isinstance(failure, JournalError) else None
+
+
+def _weighs_more(error: BaseException) -> bool:
+    """Tells whether an error goes on to the caller rather than a cancellation."""
+    return any(
+        isinstance(leaf, CompensationFailed | KeyboardInterrupt | SystemExit) for leaf in leaves(error)
+    )
 
 
 def _interruption(middleware: RunMiddleware) -> Event | None:
