@@ -145,6 +145,17 @@ def encode(records: object) -> str:
     return json.dumps(records)
 
 
+NO_TEXT: Any = ("started", (0,), "\ud800", 0.0)
+
+
+async def strict(disk: Disk) -> Writer:
+    """A writer that refuses names which are no text."""
+    writer = disk.writer()
+    writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
+    await writer.start()
+    return writer
+
+
 async def write(writer: Writer, function: Any) -> Any:
     """Calls a function that writes, which nothing cancels."""
     result, late = await writer.call_surely(lambda connection, _: [function(connection)], None)
@@ -895,12 +906,9 @@ async def test_d7_a_run_ends_with_its_half(disk, beside):
 async def test_d8_a_run_does_not_end_of_which_something_is_lost(disk):
     """What is on disk would be less than what happened; of other runs the end is written (D8)."""
     begin_runs(disk, 4)
-    bad: Any = ("started", (0,), "\ud800", 0.0)
-    writer = disk.writer()
-    writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
-    await writer.start()
+    writer = await strict(disk)
     async with busy(writer):
-        writer.append(1, bad)
+        writer.append(1, NO_TEXT)
     raised = await end(writer, ending(1), ending(2))
     await writer.stop()
 
@@ -1146,12 +1154,9 @@ async def test_d8_what_others_lose_later_says_nothing_of_a_run_that_is_written(d
 
 async def test_d8_events_that_cannot_be_written_down_are_a_gap_in_their_run_alone(disk):
     """A name that is no text stops its own run; what others have in the same batch is written (D8)."""
-    bad: Any = ("started", (0,), "\ud800", 0.0)
-    writer = disk.writer()
-    writer._encode = lambda records: json.dumps(records, ensure_ascii=False).encode().decode()
-    await writer.start()
+    writer = await strict(disk)
     async with busy(writer):
-        writer.append(1, bad)
+        writer.append(1, NO_TEXT)
         writer.append(2, event(7))
         writer.append(3, event(8))
     await writer.flush(2)
