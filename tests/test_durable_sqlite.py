@@ -21,7 +21,7 @@ import anyio
 import pytest
 from anyio import create_task_group, fail_after, wait_all_tasks_blocked
 from conftest import ASYNCIO
-from helpers import never_awaited
+from helpers import cancel_other_tasks, never_awaited
 from histories import make_writable
 from mortal import Boom, Shop
 
@@ -1091,8 +1091,7 @@ async def test_d8_a_commit_that_all_tasks_are_cancelled_in_is_waited_for(path):
         assert await anyio.to_thread.run_sync(at_work.wait, ENOUGH)
         for _ in range(2):
             await wait_all_tasks_blocked()
-            for task in asyncio.all_tasks() - others:
-                task.cancel()
+            cancel_other_tasks(but=tuple(others))
         await wait_all_tasks_blocked()
         assert not run.done()
         go.set()

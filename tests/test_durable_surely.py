@@ -10,7 +10,7 @@ import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
 from conftest import ASYNCIO
-from helpers import never_awaited
+from helpers import cancel_other_tasks, never_awaited
 
 from pysagas.durable._surely import surely
 
@@ -76,8 +76,7 @@ async def test_what_is_cut_off_by_who_cancels_all_there_are_is_waited_for_anew()
     waiting = asyncio.ensure_future(surely(work.wait))
     for _ in range(2):
         await wait_all_tasks_blocked()
-        for task in asyncio.all_tasks() - others:
-            task.cancel()
+        cancel_other_tasks(but=tuple(others))
     await wait_all_tasks_blocked()
     assert not waiting.done()
     work.over.set()

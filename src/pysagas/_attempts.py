@@ -89,7 +89,7 @@ async def attempt(record: Attempted, step: Step[..., Any]) -> Any:
             result = await _in_thread(step, step.action, record.args, record.kwargs, _one_thread())
         else:
             result = step.action(*record.args, **record.kwargs)
-            if result.__class__ is CoroutineType or is_awaitable(result):
+            if is_awaitable(result):
                 result = await result
     except BaseException as error:
         record.error = error

@@ -23,6 +23,7 @@ __all__ = [
     "RunState",
     "Said",
     "below",
+    "interruption",
     "relevant",
 ]
 
@@ -251,6 +252,11 @@ def _to_retry(history: list[Event], settled: set[Path]) -> list[Event]:
     # A member of a group may have begun before that, and ended after it.
     kept = [event for event in kept if event.kind not in BACK or event.path not in settled]
     return [*kept, Event(EventKind.INTERRUPTED, (), "retry")]
+
+
+def interruption(saga: str, at: float) -> Event:
+    """Makes the event that has a run taken back from there, whoever goes on with it."""
+    return Event(EventKind.INTERRUPTED, (), saga, b"", at)
 
 
 def below(path: Path, place: Path) -> bool:

@@ -489,7 +489,7 @@ class Journal(Storage):
         on_crash: OnCrash,
     ) -> Outcome[T]:
         """Runs the saga, through what is recorded and on from there, and records how that ends."""
-        try:
+        try:  # as `_released_if_it_fails`, which takes each run two coroutines
             middleware = RunMiddleware(
                 self,
                 claim.key,

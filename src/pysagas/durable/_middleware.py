@@ -30,7 +30,7 @@ from ._codec import (
 )
 from ._ends import Ends, undo_is_lost
 from ._errors import Interrupted, JournalError, SagaChanged
-from ._events import Event, EventKind, Path, relevant
+from ._events import Event, EventKind, Path, interruption, relevant
 from ._recalled import value_type
 from ._replay import Replay
 from ._storage import Storage
@@ -264,7 +264,7 @@ class RunMiddleware:
 
     def interruption(self) -> Event:
         """Gives what is to be recorded of a run that was taken back while nothing could be recorded."""
-        return Event(EventKind.INTERRUPTED, (), self._saga.name, b"", time.time())
+        return interruption(self._saga.name, time.time())
 
     # --- actions and commits -----------------------------------------------------------------------
 

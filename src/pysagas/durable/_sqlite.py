@@ -28,7 +28,7 @@ import anyio
 
 from ._codec import Codec
 from ._errors import JournalError, OtherRun, RunInProgress
-from ._events import Event, EventKind, RunInfo, RunState
+from ._events import Event, EventKind, RunInfo, RunState, interruption
 from ._journal import Journal
 from ._locks import is_locked, make_file, take_lock
 from ._memory import in_words, not_so_any_more, other_run
@@ -302,8 +302,7 @@ class SQLiteJournal(Journal):
             self._strike_off(claim.key)  # it was let go first
             if late is not None:
                 # It was taken for nobody. What has not begun, and was cancelled, no recovery is to begin.
-                cancelled = Event(EventKind.INTERRUPTED, (), saga, b"", now)
-                await self._release(claim.key, cancelled if claim.is_new else None)
+                await self._release(claim.key, interruption(saga, now) if claim.is_new else None)
         if late is not None:
             raise late
         return claim
@@ -413,34 +412,34 @@ class SQLiteJournal(Journal):
         def settle() -> None:
             assert self._last_writer is not None
             self._last_writer.wait_for_end()  # what it has of these runs comes before
-            owed = [*self._owed.values()]
-            settled = {one.key for one in owed}
-            # A file that is gone is not made anew; and in another one that stands there now the run is none of ours.
-            if self._path.exists():
-                address = f"{self._path.as_uri()}?mode=rw"
-                with closing(
-                    sqlite3.connect(address, uri=True, timeout=self._busy_timeout, isolation_level=None)
-                ) as connection:
-                    connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-                    connection.execute("BEGIN IMMEDIATE")
-                    ours = connection.execute(
-                        "SELECT 1 FROM owners WHERE (id, token) = (?, ?)", (self._owner, self._token)
-                    ).fetchone()
-                    if ours:
-                        settled = self._settle(connection, owed, key)
-                    connection.execute("COMMIT")
-            for one in settled:
-                self._strike_off(one)
-
-        def try_to_settle() -> None:
             with suppress(sqlite3.Error):  # then nobody knows of it, as where closing cannot record it
-                settle()
+                for settled in self._settle_in_file([*self._owed.values()], key):
+                    self._strike_off(settled)
 
-        late: BaseException | None = None
-        with anyio.CancelScope(shield=True):
-            late = await surely(partial(anyio.to_thread.run_sync, try_to_settle))
+        late = await surely(partial(anyio.to_thread.run_sync, settle))
         if late is not None:
             raise late
+
+    def _settle_in_file(self, owed: list[_Owed], in_hand: int) -> set[int]:
+        """As `_settle`, by a connection of its own.
+
+        A file that is gone is not made anew; and in another one that stands there now the runs are none of ours.
+        """
+        settled = {one.key for one in owed}
+        if self._path.exists():
+            address = f"{self._path.as_uri()}?mode=rw"
+            with closing(
+                sqlite3.connect(address, uri=True, timeout=self._busy_timeout, isolation_level=None)
+            ) as connection:
+                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+                connection.execute("BEGIN IMMEDIATE")
+                ours = connection.execute(
+                    "SELECT 1 FROM owners WHERE (id, token) = (?, ?)", (self._owner, self._token)
+                ).fetchone()
+                if ours:
+                    settled = self._settle(connection, owed, in_hand)
+                connection.execute("COMMIT")
+        return settled
 
     def _settle(
         self, connection: sqlite3.Connection, owed: Iterable[_Owed], in_hand: int | None = None

@@ -107,12 +107,7 @@ class Writer:
             self._closing = True
             self._tell()
 
-        async def join() -> None:
-            await anyio.to_thread.run_sync(self._thread.join)
-
-        late: BaseException | None = None
-        with anyio.CancelScope(shield=True):
-            late = await surely(join)
+        late = await surely(partial(anyio.to_thread.run_sync, self.wait_for_end))
         if late is not None:
             raise late
 
