@@ -363,6 +363,7 @@ def test_show_for_programs(journal, pysagas):
     assert (steps[1]["state"], steps[1]["in_doubt"], steps[1]["result"]) == ("unknown", True, None)
 
 
+@pytest.mark.usefixtures("shop")
 def test_show_of_a_run_without_steps(pysagas):
     """A run that recorded nothing, as its process died at once, has no table."""
 
